@@ -1,0 +1,33 @@
+"""loraloom: low-rank fine-tuning methods for PEFT in one adapter whose parts combine.
+
+Importing this package imports neither torch nor PEFT. It registers the adapter type ``LOOM`` with PEFT as soon as
+PEFT is imported, whichever of the two comes first.
+"""
+
+import importlib
+from typing import Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LoomConfig": "loraloom.tuner",
+    "LoomModel": "loraloom.tuner",
+}
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
+
+
+@wrapt.when_imported("peft")
+def _register(_peft: Any) -> None:
+    importlib.import_module("loraloom.tuner")
