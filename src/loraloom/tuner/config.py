@@ -1,0 +1,196 @@
+"""``LoomConfig``: one configuration for LoRA, MoSLoRA, DoRA, WeightLoRA and every combination of their parts."""
+
+import difflib
+import os
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, Self
+
+from peft import LoraConfig, PeftConfig
+
+from loraloom.tuner.registration import LOOM
+
+FORMAT_VERSION = 1
+MIXERS = (False, "orthogonal", "kaiming")
+INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+BIASES = ("none", "all", "loom_only")
+# The adapter starts as an exact identity only if B M A equals what is subtracted, so the mixer starts as I.
+INITS_WITH_IDENTITY_MIXER = ("orthogonal", "pissa", "olora")
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
+        raise ValueError(f"{name}={value!r} is not known: expected one of {', '.join(map(repr, allowed))}.")
+
+
+@dataclass
+class LoomConfig(PeftConfig):
+    """Configuration of a loom adapter: ``W' = m * norm(W + g s B M A)`` with each part optional.
+
+    With the defaults it is plain LoRA. ``use_mixer`` adds M (MoSLoRA), ``use_gate`` adds g (WeightLoRA),
+    ``use_dora`` adds m and the norm (DoRA); they combine freely. The keys that LoRA has too mean what they mean in
+    ``peft.LoraConfig``.
+
+    Raises:
+        ValueError: a value is out of range, or the adapter was written in a newer format.
+        TypeError: an unknown field; the message names the nearest one.
+    """
+
+    r: int = 8
+    """Rank of every adapter. Size and cost grow linearly with it; 8 to 64 is usual."""
+    lora_alpha: int = 8
+    """The update is scaled by s = lora_alpha / r (with ``use_rslora``: lora_alpha / sqrt(r))."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input, 0 <= p < 1. It acts on the low-rank path only, in DoRA as well."""
+    target_modules: list[str] | str | None = None
+    """Names (or name endings) of the modules to adapt, one regular expression for the whole name, or "all-linear".
+    None takes PEFT's choice for the architecture. A name that matches nothing is an error."""
+    exclude_modules: list[str] | str | None = None
+    """Names (or one regular expression) of modules to leave alone though ``target_modules`` matches them."""
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the layers to adapt; None adapts all."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list that holds the layers ("layers", "h"), where its place in the path is not the usual one."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks for modules whose name matches a key (name ending or regular expression), instead of ``r``."""
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    """The same for ``lora_alpha``."""
+    modules_to_save: list[str] | None = None
+    """Modules, such as a new classifier head, that are trained in full and saved with the adapter."""
+    bias: Literal["none", "all", "loom_only"] = "none"
+    """Which biases train: none, all of the model's, or those of adapted modules."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r): keeps the update's size when r is large (2312.03732)."""
+    use_dora: bool = False
+    """Learn the length of each row of the weight apart from its direction (DoRA, 2402.09353)."""
+    use_mixer: Literal[False, "orthogonal", "kaiming"] = False
+    """Put a trained r x r matrix between A and B (MoSLoRA, 2406.11909). "orthogonal" keeps the norm of A at the start;
+    "kaiming" is the authors' other choice."""
+    use_gate: bool = False
+    """Multiply the update by one trained scalar per module (WeightLoRA, 2506.02724); train it with ``WeightAdam``."""
+    init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "pissa", "olora"] = True
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r. "orthogonal": A and B nonzero with
+    B A = 0. "pissa" (2404.02948) and "olora" (2406.01775) start from the base weight; the base itself is not changed:
+    what A and B start from is kept, frozen, and subtracted. False: random A and B, for tests."""
+    fan_in_fan_out: bool = False
+    """The weight is stored (in, out). Found out by itself for transformers' Conv1D; for custom layers only."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the embedding to train besides the adapters (PEFT's trainable tokens)."""
+    target_parameters: list[str] | None = None
+    """Read by PEFT; adapting bare nn.Parameters is not supported."""
+    allow_unmatched: bool = False
+    """Warn, instead of raising, when a name in target_modules or a pattern matches nothing."""
+    loom_format_version: int = FORMAT_VERSION
+    """Version of the checkpoint format; written by loraloom, not set by hand."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Raised here because PEFT catches the TypeError of a dataclass' __init__, drops the key and goes on: an adapter
+        # with a part that this version does not know would become another adapter.
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(
+                    f"LoomConfig has no field {name!r}.{hint} If it comes from a saved adapter, that adapter needs a "
+                    "newer loraloom: pip install -U loraloom."
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LOOM
+        if self.loom_format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"loom_format_version={self.loom_format_version!r}: this loraloom reads version {FORMAT_VERSION}. "
+                "Upgrade it with: pip install -U loraloom."
+            )
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"The rank {name}={rank!r} must be a positive integer.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1).")
+        _one_of("use_mixer", self.use_mixer, MIXERS)
+        _one_of("init_lora_weights", self.init_lora_weights, INITS)
+        _one_of("bias", self.bias, BIASES)
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r}: loraloom adapts modules, not bare parameters. "
+                "Use target_modules, or peft.LoraConfig for these parameters."
+            )
+        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise ValueError(f"init_lora_weights='orthogonal' needs even ranks, got r={self.r}, {self.rank_pattern}.")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError(
+                f"target_modules={self.target_modules!r} is a regular expression, which layers_to_transform and "
+                "layers_pattern do not combine with: put the layer indices into the expression, or give a list."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
+
+    @classmethod
+    def lora(cls, **kwargs: Any) -> Self:
+        """Plain LoRA (2106.09685): ``W + s B A``."""
+        return cls(**kwargs)
+
+    @classmethod
+    def moslora(cls, **kwargs: Any) -> Self:
+        """MoSLoRA (2406.11909): ``W + s B M A`` with a trained r x r mixer, orthogonal at the start."""
+        return cls(**{"use_mixer": "orthogonal"} | kwargs)
+
+    @classmethod
+    def dora(cls, **kwargs: Any) -> Self:
+        """DoRA (2402.09353): ``m * (W + s B A) / rownorm(W + s B A)``."""
+        return cls(**{"use_dora": True} | kwargs)
+
+    @classmethod
+    def weightlora(cls, **kwargs: Any) -> Self:
+        """WeightLoRA (2506.02724): ``W + g s B A`` with one trained scalar per module."""
+        return cls(**{"use_gate": True} | kwargs)
+
+    @classmethod
+    def from_lora(cls, config: LoraConfig, **kwargs: Any) -> Self:
+        """A loom configuration that means the same as a ``peft.LoraConfig``.
+
+        Args:
+            config: the LoRA configuration.
+            **kwargs: fields to set besides, for instance ``use_mixer="orthogonal"``.
+
+        Raises:
+            ValueError: the configuration uses something that loraloom does not have, by name.
+        """
+        ours = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        unsupported = []
+        for f in fields(config):
+            value = getattr(config, f.name)
+            if f.name in ours and f.name != "peft_type":
+                values[f.name] = value
+            else:
+                default = f.default_factory() if f.default_factory is not MISSING else f.default
+                if f.name not in ("peft_type", "runtime_config", "lora_dtype") and value and value != default:
+                    unsupported.append(f.name)
+        if unsupported:
+            raise ValueError(f"LoraConfig uses {', '.join(sorted(unsupported))}, which loraloom does not support.")
+        if values["bias"] == "lora_only":
+            values["bias"] = "loom_only"
+        return cls(**values | kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """PEFT's loader, except that a local adapter stored as a pickle is refused.
+
+        Raises:
+            ValueError: the folder holds ``adapter_model.bin`` and no ``adapter_model.safetensors``.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        has = {name: os.path.exists(os.path.join(folder, f"adapter_model.{name}")) for name in ("bin", "safetensors")}
+        if has["bin"] and not has["safetensors"]:
+            raise ValueError(
+                f"{folder} holds adapter_model.bin, a pickle, which can run code when it is loaded. "
+                "Save the adapter with save_pretrained(..., safe_serialization=True)."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

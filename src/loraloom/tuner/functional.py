@@ -1,0 +1,166 @@
+"""The adapter's maths, as pure functions on tensors.
+
+    W' = m * (W + D) / rownorm(W + D),    D = sum_n g_n s_n B_n M_n A_n,    y = x W'^T + bias
+
+Shapes: x (tokens, in), A (r, in), M (r, r), B (out, r), g (1,) or (r,), m and rownorm (out,), W and D (out, in). M, g
+and m are optional. Sources: LoRA 2106.09685, MoSLoRA 2406.11909, WeightLoRA 2506.02724, DoRA 2402.09353 (the norm is
+a constant in the backward pass, section 4.3).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loraloom.tuner.autograd import AdaptedLinear
+
+
+class Term(NamedTuple):
+    """One product ``g s B M A`` of the sum; the matrices of convolutions are flattened to two dimensions."""
+
+    A: Tensor
+    B: Tensor
+    M: Tensor | None = None
+    gate: Tensor | None = None
+    scaling: float = 1.0
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """At least float32: the dtype in which weights are combined (bf16 products would round away small updates)."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def scale(term: Term) -> Tensor | float:
+    """``g s``: a float, or with a gate a tensor of the gate's shape."""
+    return term.scaling if term.gate is None else term.gate * term.scaling
+
+
+def stack(terms: Sequence[Term]) -> Term:
+    """One term equal to the sum of several: the As above each other, the Bs side by side (exact, any ranks).
+
+    Mixers are multiplied into A, scales become a gate with one entry per row of A. Differentiable.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    gates = [
+        torch.full((t.A.shape[0],), t.scaling, device=t.A.device, dtype=torch.float32)
+        if t.gate is None
+        else (t.gate * t.scaling).expand(t.A.shape[0])
+        for t in terms
+    ]
+    A = torch.cat([t.A if t.M is None else t.M.to(t.A.dtype) @ t.A for t in terms])
+    return Term(A, torch.cat([t.B for t in terms], dim=1), None, torch.cat(gates))
+
+
+def fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Plain LoRA factors with scale 1: A' (sum r, in) and B' (out, sum r) with ``B' A' = sum_n g_n s_n B_n M_n A_n``.
+
+    Exact up to one rounding of each factor in at least float32.
+    """
+    term = stack(terms)
+    dtype = compute_dtype(term.A, term.B)
+    A, B = term.A.to(dtype), term.B.to(dtype)
+    if term.M is not None:
+        A = term.M.to(dtype) @ A
+    return A, B * scale(term)
+
+
+def delta_weight(terms: Sequence[Term]) -> Tensor:
+    """The update D (out, in), in at least float32."""
+    A, B = fold(terms)
+    return B @ A
+
+
+def squared_row_norm(W: Tensor) -> Tensor:
+    """``||W_i||^2`` for each row of W (out, in), in at least float32."""
+    return torch.linalg.vector_norm(W, dim=1, dtype=compute_dtype(W)).square()
+
+
+def adapted_row_norm(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """``||W_i + (B A)_i||`` for each row, without forming B A.
+
+    ||W + B A||^2 = ||W||^2 + 2 rowsum((W A^T) * B) + rowsum((B (A A^T)) * B),
+
+    which costs O(out in r) in place of O(out in r) plus three passes over an (out, in) temporary. Where a row all but
+    cancels (under 1e-3 of the length it was made of) the expansion has lost its digits, so it is kept above zero and a
+    caller that divides by it stays finite.
+
+    Args:
+        W: base weight (out, in).
+        W_squared: ``squared_row_norm(W)`` (out,).
+        A, B: folded factors (r, in) and (out, r), see :func:`fold`.
+
+    Returns:
+        (out,) in at least float32, positive.
+    """
+    dtype = compute_dtype(A, B)
+    # A base in another dtype is converted a few rows at a time: no copy of W as a whole.
+    blocks = [W] if W.dtype == dtype else W.split(1024)
+    product = torch.cat([block.to(dtype) @ A.T for block in blocks])
+    cross = product.mul_(2).add_(B @ (A @ A.T)).mul_(B).sum(dim=1)
+    return (W_squared + cross).clamp_min_(torch.finfo(dtype).tiny).sqrt_()
+
+
+def adapted_linear(
+    base_out: Tensor,
+    x: Tensor,
+    term: Term,
+    *,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    in_place: bool = False,
+) -> Tensor:
+    """The output of an adapted linear layer, from the output of its base layer.
+
+    z = base_out + g s drop(x) A^T M^T B^T;  without magnitude y = z, with it y = (m / norm) (z - bias) + bias.
+
+    Args:
+        base_out: ``x W^T + bias`` (tokens, out).
+        x: input (tokens, in).
+        term: the low-rank update.
+        magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), both or neither.
+        bias: the base layer's bias (out,), which DoRA does not scale. Ignored without magnitude.
+        dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
+        in_place: ``base_out`` may be overwritten: nobody else holds it and no backward formula needs it.
+
+    Returns:
+        (tokens, out) in the dtype of base_out.
+    """
+    if torch.compiler.is_compiling():
+        return _adapted_linear_composed(base_out, x, term, magnitude, norm, bias, dropout)
+    return AdaptedLinear.apply(base_out, x, *term, magnitude, norm, bias, dropout, in_place)
+
+
+def _adapted_linear_composed(
+    base_out: Tensor,
+    x: Tensor,
+    term: Term,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The same in plain differentiable operations, for compilers, which fuse and rematerialise by themselves."""
+    h = F.linear(F.dropout(x, dropout, training=dropout > 0.0).to(term.A.dtype), term.A)
+    if term.M is not None:
+        h = F.linear(h, term.M)
+    z = base_out + F.linear(h * scale(term), term.B.to(h.dtype))
+    if magnitude is not None and norm is not None:
+        z = rescale(z, magnitude / norm, bias)
+    return z.to(base_out.dtype)
+
+
+def rescale(z: Tensor, c: Tensor, bias: Tensor | None, channel_dim: int = -1) -> Tensor:
+    """DoRA's last step, ``c (z - bias) + bias`` along one dimension of z; differentiable."""
+    shape = [1] * z.dim()
+    shape[channel_dim] = -1
+    if bias is None:
+        return c.view(shape) * z
+    return c.view(shape) * (z - bias.view(shape)) + bias.view(shape)

@@ -1,0 +1,164 @@
+"""``LoomModel``: the PEFT tuner that puts loom layers into a model."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loraloom.tuner.conv import LoomConv
+from loraloom.tuner.embedding import LoomEmbedding
+from loraloom.tuner.layer import BASE, LoomLayer
+from loraloom.tuner.linear import LoomLinear
+from loraloom.tuner.matching import check_patterns
+from loraloom.tuner.quantized import prevent_cpu_repacking
+from loraloom.tuner.registration import (
+    PREFIX,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    get_pattern_key,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+
+# Their fused kernels read these weights and never call the module, so an adapter there would have no effect.
+_MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_MAMBA_FUSED = {"conv1d", "out_proj"}
+
+
+class LoomModel(BaseTuner):
+    """Injects, switches and merges loom adapters; see ``peft.tuners.tuners_utils.BaseTuner`` for the interface."""
+
+    prefix = PREFIX
+    tuner_layer_cls = LoomLayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        # PEFT calls this before it changes anything, so a mistake leaves the model as it was.
+        prevent_cpu_repacking(model)
+        layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoomLayer))
+        for name, _ in model.named_modules():
+            if f".{name}".rpartition(".")[2].startswith(PREFIX) and not name.startswith(layers):
+                raise ValueError(
+                    f"The model has a module {name!r}: names that start with {PREFIX!r} are the adapter's. Rename it."
+                )
+        check_patterns(peft_config, model, partial(self._check_target_module_exists, peft_config))
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+        r = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha)
+        if isinstance(target, LoomLayer):
+            target.update_layer(adapter_name, peft_config, r, alpha)
+            return
+        backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
+        new_module = _layer_class(target, backend, current_key)(target, adapter_name, peft_config, r, alpha, backend)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A loom layer places its own tensors and the base keeps its own; PEFT's version copies attributes besides,
+        # which fails when the module given back is a wrapper (trainable tokens).
+        setattr(parent, child_name, new_module)
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in _MAMBA_TYPES and target_name in _MAMBA_FUSED:
+            raise ValueError(
+                f"{target_name!r} of a {model_type} model is read by a fused kernel and an adapter there would have no "
+                "effect: remove it from target_modules."
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands ``adapter_names`` to the layers during one forward pass (or generate)."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names works in eval mode only: call model.eval() first.")
+        known = {name for layer in self.modules() if isinstance(layer, LoomLayer) for name in layer.loom_lora_A}
+        unknown = sorted({*names} - known - {BASE})
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown}; the model's adapters are {sorted(known)} and {BASE!r}.")
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        # Beam search repeats each sample for the decoder only.
+        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        repeated = [name for name in names for _ in range(beams)]
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, LoomLayer | AuxiliaryTrainingWrapper):
+                    given = list(names) if module in in_encoder else repeated
+                    hook = partial(_pass_adapter_names, adapter_names=given)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            f"{module_name}.{name}"
+            for module_name, module in model.named_modules()
+            if isinstance(module, LoomLayer)
+            for name, _ in module.named_parameters()
+            if name.startswith(PREFIX) and name.split(".")[1] == adapter_name
+        }
+        # PEFT loads with strict=False: a tensor without a place, or a place without a tensor, would go unnoticed.
+        extra = sorted(key for key in remapped if f".{PREFIX}" in key and key not in expected)
+        missing = sorted(expected - remapped.keys())
+        problems = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for keys, what in ((missing, "tensors are missing"), (extra, "tensors have no place in this model"))
+            if keys
+        ]
+        if problems:
+            raise ValueError(
+                f"The checkpoint does not fit adapter {adapter_name!r}: {' and '.join(problems)}. "
+                "Was it trained with another configuration or base model?"
+            )
+        return remapped
+
+
+def _layer_class(target: nn.Module, backend: Any, key: str) -> Callable[..., LoomLayer]:
+    if backend is not None and backend.layer_type == "linear":
+        return LoomLinear
+    if isinstance(target, nn.Embedding):
+        return LoomEmbedding
+    if isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return LoomConv
+    # The projection inside nn.MultiheadAttention is a Linear whose forward is never called.
+    if isinstance(target, nn.Linear | Conv1D) and not isinstance(
+        target, nn.modules.linear.NonDynamicallyQuantizableLinear
+    ):
+        return LoomLinear
+    raise ValueError(
+        f"{key} is a {type(target).__name__}, which cannot be adapted. Supported are nn.Linear, transformers' Conv1D, "
+        "nn.Embedding, nn.Conv1d to nn.Conv3d and the quantised linear layers that PEFT knows."
+    )
+
+
+def _pass_adapter_names(_module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, kwargs | {"adapter_names": adapter_names}

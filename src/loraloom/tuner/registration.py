@@ -1,0 +1,96 @@
+"""The one place that touches private parts of PEFT: a new PEFT type, and the internals the tuner needs.
+
+PEFT keeps its adapter types in a closed enum and looks tuners up by member. A bare string would pass most of PEFT but
+break where transformers reads ``peft_type.value``, so a real member is added at run time and checked at once.
+``tests/tuner/test_registration.py`` is the contract: it fails with a clear message when a new PEFT moves the ground.
+"""
+
+from typing import Any
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from peft.utils.integrations import gather_params_ctx, init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+
+__all__ = [
+    "LOOM",
+    "PREFIX",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "check_adapters_to_merge",
+    "expand_all_linear",
+    "features_of",
+    "gather_params_ctx",
+    "get_pattern_key",
+    "get_quantization_kwargs",
+    "init_empty_weights",
+    "register",
+    "resolve_quantization_backend",
+]
+
+NAME = "LOOM"
+PREFIX = NAME.lower() + "_"  # transformers and PEFT derive it from the type; every adapter attribute starts with it
+
+
+def _add_peft_type(name: str) -> PeftType:
+    """Returns ``PeftType.<name>``, creating the member when PEFT does not have it."""
+    existing = PeftType.__members__.get(name)
+    if existing is not None:
+        return existing
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    if not (PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)):
+        raise ImportError(
+            f"loraloom could not add its type to peft {peft.__version__}: PeftType is no longer the enum it was. "
+            "Install a PEFT version that loraloom supports: pip install 'peft>=0.20,<0.22'."
+        )
+    return member
+
+
+LOOM = _add_peft_type(NAME)
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Registers the tuner with PEFT; calling it again does nothing.
+
+    Raises:
+        ImportError: another method already owns the prefix ``loom_``.
+    """
+    if PEFT_TYPE_TO_TUNER_MAPPING.get(LOOM) is model_cls and PEFT_TYPE_TO_CONFIG_MAPPING.get(LOOM) is config_cls:
+        return
+    # register_peft_method looks the prefix up among the mapping's keys (types), so its own check never fires.
+    owner = next((kind for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == PREFIX), None)
+    if owner is not None:
+        raise ImportError(f"The PEFT prefix {PREFIX!r} already belongs to {owner}: loraloom cannot register beside it.")
+    register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+
+
+def features_of(layer: Any) -> tuple[int, int]:
+    """In and out features of any linear layer that PEFT knows, sharded and quantised ones too.
+
+    Raises:
+        ValueError: the layer does not say.
+    """
+    from peft.tuners.tuners_utils import _get_in_out_features
+
+    in_features, out_features = _get_in_out_features(layer)
+    if in_features is None or out_features is None:
+        raise ValueError(f"A {type(layer).__name__} has no in_features and out_features, so its sizes are not known.")
+    return in_features, out_features
+
+
+def expand_all_linear(config: Any, model: Any) -> None:
+    """Replaces ``target_modules="all-linear"`` in the config by the module names, by PEFT's own rules."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    _maybe_include_all_linear_layers(config, model)

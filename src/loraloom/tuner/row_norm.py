@@ -1,0 +1,65 @@
+"""DoRA's norm ``||W + D||`` per row, computed once per version of the weights however many micro-batches use it.
+
+On the CPU the norm is kept together with what it was computed from and compared by content, because version counters
+miss edits through ``.data``: a stale norm would be a silent wrong result. The comparison costs O(r (in + out)), the
+norm O(r in out). On an accelerator a comparison would make the host wait for the device in every layer, while the norm
+is one thin product, so there it is computed in each forward.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from loraloom.tuner.functional import Term, adapted_row_norm, fold, squared_row_norm
+
+_SAMPLES = 1024  # entries of the base weight that are compared besides its address and version
+
+
+class RowNormCache:
+    """The norms of one adapter on one layer. Holds no parameters and appears in no state dict."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything; for the owner to call when it has changed the base weight."""
+        self._base: tuple | None = None
+        self._sample: Tensor | None = None
+        self._squared: Tensor | None = None
+        self._parts: list[Tensor] = []
+        self._scalings: list[float] = []
+        self._norm: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor, weight: Callable[[], Tensor], terms: Sequence[Term]) -> Tensor:
+        """``rownorm(W + D)`` (out,), in at least float32, without gradient.
+
+        Args:
+            parameter: the stored base weight, possibly quantised; only its identity and some entries are looked at.
+            weight: gives the base weight W (out, in); called when a norm has to be computed.
+            terms: what D is the sum of.
+        """
+        # A compiler would bake a cached norm into its graph.
+        use_cache = parameter.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not use_cache:
+            W = weight()
+            return adapted_row_norm(W, squared_row_norm(W), *fold(terms))
+
+        base = (parameter.data_ptr(), parameter._version, parameter.dtype, parameter.shape)
+        sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _SAMPLES)]
+        if base != self._base or not torch.equal(sample, self._sample):  # type: ignore[arg-type]
+            self._base, self._sample = base, sample.clone()
+            self._squared = squared_row_norm(weight())
+            self._norm = None
+        parts = [part for term in terms for part in term[:4] if part is not None]
+        scalings = [term.scaling for term in terms]
+        if self._norm is None or scalings != self._scalings or not _equal(parts, self._parts):
+            self._norm = adapted_row_norm(weight(), self._squared, *fold(terms))  # type: ignore[arg-type]
+            self._parts = [part.detach().clone() for part in parts]
+            self._scalings = scalings
+        return self._norm
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
