@@ -1,12 +1,15 @@
-"""A linear layer's adapter as one autograd node: forward, and the gradients derived by hand.
+"""An adapted linear layer as one autograd node: forward, and the gradients derived by hand.
 
 Why by hand: autograd would save a float32 copy of x for each target, the scaled h, and for DoRA four tensors of the
-output's size. Here one node saves x itself (shared by every layer that reads it), h (tokens, r), and for DoRA z.
+output's size, and would add up dL/dx in a pass of its own. Here one node saves x itself (shared by every layer that
+reads it), h (tokens, r), and for DoRA z.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -16,18 +19,19 @@ _BLOCK_ROWS = 2048
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = c (z - b) + b with z = base_out + u B^T, u = sigma * k, k = h M^T, h = x_d A^T, x_d = mask * x / (1 - p).
+    """y = c z + b with z = x W^T + u B^T, u = sigma k, k = h M^T, h = x_d A^T, x_d = mask * x / (1 - p).
 
-    sigma = s g; c = m / norm (c = 1 without a magnitude, then y = z); norm is a constant.
+    sigma = s g; c = m / norm, or 1 without a magnitude; norm is a constant. W, b, M, g and m may be missing; without W
+    the caller gives base_out = x W^T + b, whatever computed it.
 
     Let G = dL/dy (tokens, out) and Z = dL/dz = G c. Then
 
-        dL/dbase_out = Z
-        dL/dm = colsum(G * (z - b)) / norm          dL/db = colsum(G) (1 - c)
+        dL/dbase_out = Z                            dL/dW = Z^T x
+        dL/dm = colsum(G * z) / norm                dL/db = colsum(G), less colsum(Z) if base_out carries b's share
         T = Z B (tokens, r)                         dL/dB = Z^T u
         dL/dg = s sum(T * k)                        dL/dk = T sigma
         dL/dM = (dL/dk)^T h                         dL/dh = (dL/dk) M
-        dL/dA = (dL/dh)^T x_d                       dL/dx = mask * ((dL/dh) A) / (1 - p)
+        dL/dA = (dL/dh)^T x_d                       dL/dx = Z W + mask * ((dL/dh) A) / (1 - p)
 
     Nothing of size (tokens, out) is saved without a magnitude, z with one. The dropout mask is not saved but drawn
     again from its seed, which comes from torch's generator, so that checkpointing restores it.
@@ -36,142 +40,207 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        base_out: Tensor,
         x: Tensor,
         A: Tensor,
         B: Tensor,
         M: Tensor | None,
         gate: Tensor | None,
         scaling: float,
+        dropout: float,
+        base_out: Tensor | None,
+        W: Tensor | None,
+        bias: Tensor | None,
         magnitude: Tensor | None,
         norm: Tensor | None,
-        bias: Tensor | None,
-        dropout: float,
-        in_place: bool,
     ) -> Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
-        a, b, m = A.to(dtype), B.to(dtype), None if M is None else M.to(dtype)
-        sigma = scaling if gate is None else (gate * scaling).to(dtype)
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype = autocast or A.dtype
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        z: Tensor
+        if base_out is not None:
+            z = base_out.reshape(-1, B.shape[0])
+            z = z.clone() if bias is None or magnitude is None else z - bias.to(z.dtype)
+        elif autocast is None:
+            z = F.linear(x2, cast(Tensor, W), bias if magnitude is None else None)
+        else:
+            z = F.linear(x2.to(autocast), _to(W, autocast), _cast(bias if magnitude is None else None, autocast))
+
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        factors = _factors(A, B, M, gate, scaling, dtype)
+        mask = _masks(seed, dropout, x.device, dtype) if dropout else None
+        if z.dtype == dtype == x.dtype or x2.shape[0] <= _BLOCK_ROWS:
+            h = _add_update(z, x2, *factors, mask)
+        else:
+            blocks = zip(z.split(_BLOCK_ROWS), x2.split(_BLOCK_ROWS), strict=True)
+            h = torch.cat([_add_update(zs, xs, *factors, mask) for zs, xs in blocks])
 
-        z = base_out if in_place else base_out.clone()
-        h = torch.empty(x.shape[0], A.shape[0], dtype=dtype, device=x.device)
-        generator = _generator(seed, dropout, x)
-        for rows in _blocks(x.shape[0], dtype == x.dtype == z.dtype):
-            xd = x[rows].to(dtype)
-            if dropout:
-                xd = xd * _mask(xd, dropout, generator)
-            torch.mm(xd, a.t(), out=h[rows])
-            k = h[rows] if m is None else h[rows] @ m.t()
-            u = k * sigma
-            if z.dtype == dtype:
-                z[rows].addmm_(u, b.t())
-            else:
-                z[rows].add_(u @ b.t())
-
-        ctx.settings = scaling, dropout, seed, dtype
+        ctx.scaling, ctx.dropout, ctx.seed, ctx.dtype = scaling, dropout, seed, dtype
+        ctx.has_base_out = base_out is not None
         if magnitude is None or norm is None:
-            ctx.save_for_backward(x, h, A, B, M, gate)
-            if in_place:
-                ctx.mark_dirty(base_out)
-            return z
-        ctx.save_for_backward(x, h, A, B, M, gate, z, magnitude, norm, bias)
-        return _rescale(z, magnitude / norm, bias)
+            ctx.save_for_backward(x2, h, A, B, M, gate, W)
+            return z if x2 is x else z.view(*x.shape[:-1], B.shape[0])
+        ctx.save_for_backward(x2, h, A, B, M, gate, W, z, bias, magnitude, norm)
+        return _rescale(z, magnitude / norm, bias).view(*x.shape[:-1], B.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, h, A, B, M, gate, *dora = ctx.saved_tensors
-        z, magnitude, norm, bias = cast(Any, dora or (None, None, None, None))
-        scaling, dropout, seed, dtype = ctx.settings
-        needs_out, needs_x, needs_A, needs_B, needs_M, needs_gate, _, needs_m, _, needs_bias, *_ = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
-            a, b, m = A.to(dtype), B.to(dtype), None if M is None else M.to(dtype)
-            sigma = scaling if gate is None else (gate * scaling).to(dtype)
-            c: Any = None if magnitude is None else magnitude / norm
-            grad_out = grad if c is None else torch.empty_like(grad)
-            grad_x: Any = torch.empty_like(x) if needs_x else None
-            sums: dict[str, Tensor] = {}
-            generator = _generator(seed, dropout, x)
-            for rows in _blocks(x.shape[0], dtype == x.dtype == grad.dtype):
-                g = grad[rows].to(dtype)
-                if c is not None:
-                    product = g * z[rows]
-                    _add(sums, "c", product.sum(0, dtype=c.dtype))
-                    if bias is not None:
-                        _add(sums, "grad", g.sum(0, dtype=c.dtype))
-                    g = torch.mul(g, c, out=product) if product.dtype == c.dtype else (g * c).to(dtype)
-                    grad_out[rows] = g
-                hr = h[rows]
-                k = hr if m is None else hr @ m.t()
-                t = g @ b
-                if needs_B:
-                    _add(sums, "B", ((k * sigma).t() @ g).to(B.dtype))
-                if needs_gate:
-                    _add(sums, "gate", (t * k).sum(0, dtype=gate.dtype))
-                t *= sigma
-                if needs_M:
-                    _add(sums, "M", (t.t() @ hr).to(M.dtype))
-                if m is not None:
-                    t = t @ m
-                mask = _mask(x[rows], dropout, generator, dtype) if dropout else None
-                if needs_A:
-                    xd = x[rows].to(dtype)
-                    _add(sums, "A", (t.t() @ (xd if mask is None else xd * mask)).to(A.dtype))
-                if needs_x:
-                    dx = t @ a
-                    grad_x[rows] = dx if mask is None else dx * mask
-            grad_gate = grad_m = grad_bias = None
-            if needs_gate:
-                grad_gate = (sums["gate"] * scaling).sum_to_size(gate.shape)
-            if c is not None:
-                offset = 0 if bias is None else bias * sums["grad"]
-                grad_m = ((sums["c"] - offset) / norm).to(magnitude.dtype) if needs_m else None
-                grad_bias = (sums["grad"] * (1 - c)).to(bias.dtype) if needs_bias else None
-            return (
-                grad_out if needs_out else None,
-                grad_x,
-                sums.get("A"),
-                sums["B"].t() if needs_B else None,
-                sums.get("M"),
-                grad_gate,
-                None,
-                grad_m,
-                None,
-                grad_bias,
-                None,
-                None,
-            )
+        if torch.is_autocast_enabled(grad.device.type):  # dtypes are settled here, as they were in forward
+            with torch.autocast(grad.device.type, enabled=False):
+                return _backward(ctx, grad)
+        return _backward(ctx, grad)
 
 
-def _blocks(rows: int, whole: bool) -> list[slice]:
-    if whole or rows <= _BLOCK_ROWS:
-        return [slice(0, rows)]
-    return [slice(start, min(start + _BLOCK_ROWS, rows)) for start in range(0, rows, _BLOCK_ROWS)]
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    x, h, A, B, M, gate, W, *dora = ctx.saved_tensors
+    dtype = ctx.dtype
+    needs_x, needs_A, needs_B, needs_M, needs_gate, _, _, needs_out, needs_W, needs_bias, needs_m, _ = (
+        ctx.needs_input_grad
+    )
+    g = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    grad_bias: Any = g.sum(0, dtype=_accumulator(g.dtype)) if needs_bias else None
+    grad_m: Any = None
+    if dora:
+        z, bias, magnitude, norm = dora
+        c = magnitude / norm
+        product = g * z if g.dtype == c.dtype else g.to(c.dtype) * z
+        grad_m = (product.sum(0) / norm).to(magnitude.dtype)
+        if needs_bias:
+            grad_bias = grad_bias * (1 - c) if ctx.has_base_out else grad_bias
+            grad_bias = grad_bias.to(bias.dtype)
+        g = torch.mul(g, c, out=product).to(g.dtype)
+    elif needs_bias and ctx.has_base_out:
+        grad_bias = None  # without a magnitude the whole of it passes through base_out
+
+    dx: Any = None
+    if needs_x:
+        dx = torch.zeros_like(x, dtype=g.dtype) if W is None else g @ _to(W, g.dtype)
+    needs = needs_A, needs_B, needs_M, needs_gate
+    factors = _factors(A, B, M, gate, ctx.scaling, dtype)
+    mask = _masks(ctx.seed, ctx.dropout, x.device, dtype) if ctx.dropout else None
+    if g.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
+        sums = _add_gradient(dx, g, x, h, *factors, mask, needs)
+    else:
+        pieces = [t.split(_BLOCK_ROWS) for t in (g if dx is None else dx, g, x, h)]
+        blocks = [
+            _add_gradient(None if dx is None else dxs, gs, xs, hs, *factors, mask, needs)
+            for dxs, gs, xs, hs in zip(*pieces, strict=True)
+        ]
+        sums = _Sums(
+            *(None if s[0] is None else torch.stack([_up(t) for t in s]).sum(0) for s in zip(*blocks, strict=True))
+        )
+    return (
+        _to(dx, x.dtype).view(*grad.shape[:-1], x.shape[-1]) if needs_x else None,
+        _cast(sums.A, A.dtype),
+        _cast(sums.B, B.dtype),
+        None if sums.M is None else _to(sums.M, M.dtype),
+        None if sums.sigma is None else (sums.sigma * ctx.scaling).sum_to_size(gate.shape).to(gate.dtype),
+        None,
+        None,
+        g.view(grad.shape) if needs_out else None,
+        (g.t() @ x.to(g.dtype)).to(W.dtype) if needs_W else None,
+        grad_bias,
+        grad_m if needs_m else None,
+        None,
+    )
 
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name].add_(value) if name in sums else value
+def _add_update(
+    z: Tensor, x: Tensor, A: Tensor, B: Tensor, M: Tensor | None, sigma: Tensor | float, mask: Any
+) -> Tensor:
+    """Adds u B^T to z (tokens, out) in place and returns h (tokens, r)."""
+    x = _to(x, A.dtype)
+    h = (x if mask is None else x * mask(x)) @ A.t()
+    u = (h if M is None else h @ M.t()) * sigma
+    if z.dtype == u.dtype:
+        z.addmm_(u, B.t())
+    else:
+        z.add_(u @ B.t())
+    return h
 
 
-def _generator(seed: int, dropout: float, x: Tensor) -> torch.Generator | None:
-    return torch.Generator(x.device).manual_seed(seed) if dropout else None
+class _Sums(NamedTuple):
+    """Gradients that are sums over tokens; those not asked for are None."""
+
+    A: Tensor | None
+    B: Tensor | None
+    M: Tensor | None
+    sigma: Tensor | None
 
 
-def _mask(x: Tensor, p: float, generator: torch.Generator | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Inverted dropout's factor, 0 or 1 / (1 - p), of the shape of x."""
-    return torch.empty_like(x, dtype=dtype or x.dtype).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+def _add_gradient(
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    M: Tensor | None,
+    sigma: Tensor | float,
+    mask: Any,
+    needs: tuple[bool, ...],
+) -> _Sums:
+    """Adds the low-rank path's share to dx (tokens, in) in place and returns the sums; g is Z."""
+    needs_A, needs_B, needs_M, needs_gate = needs
+    g, x = _to(g, A.dtype), _to(x, A.dtype)
+    k = h if M is None else h @ M.t()
+    t = g @ B
+    sum_sigma = (t * k).sum(0, dtype=_accumulator(t.dtype)) if needs_gate else None
+    sum_B = None
+    if needs_B:  # two ways to write Z^T u: the second is faster where tokens are many, but comes out transposed
+        u = k * sigma
+        sum_B = g.t() @ u if g.shape[0] <= 128 else (u.t() @ g).t()
+    t *= sigma
+    sum_M = t.t() @ h if needs_M else None
+    if M is not None:
+        t = t @ M
+    factor = None if mask is None else mask(x)
+    sum_A = t.t() @ (x if factor is None else x * factor) if needs_A else None
+    if dx is not None:
+        if factor is not None:
+            dx.add_((t @ A).mul_(factor))
+        elif dx.dtype == t.dtype:
+            dx.addmm_(t, A)
+        else:
+            dx.add_(t @ A)
+    return _Sums(sum_A, sum_B, sum_M, sum_sigma)
+
+
+def _factors(
+    A: Tensor, B: Tensor, M: Tensor | None, gate: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
+    """A, B, M and sigma in the dtype of computation."""
+    sigma = scaling if gate is None else (gate * scaling).to(dtype)
+    return _to(A, dtype), _to(B, dtype), _cast(M, dtype), sigma
+
+
+def _to(tensor: Any, dtype: torch.dtype) -> Tensor:
+    # Tensor.to would find out the same, but in a microsecond, which counts where a layer takes a millisecond.
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else _to(tensor, dtype)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _up(tensor: Tensor) -> Tensor:
+    return tensor.to(_accumulator(tensor.dtype))
+
+
+def _masks(seed: int, p: float, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A function that draws inverted dropout's factors, 0 or 1 / (1 - p), block after block."""
+    random = torch.Generator(device).manual_seed(seed)
+    return lambda x: torch.empty_like(x, dtype=dtype).bernoulli_(1.0 - p, generator=random).div_(1.0 - p)
 
 
 def _rescale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    """c (z - bias) + bias in the dtype of z, as c z + (1 - c) bias: one pass and no temporary of z's size."""
-    if bias is None:
-        return torch.mul(z, c, out=torch.empty_like(z))
-    offset = bias * (1 - c)
-    if z.dtype == c.dtype:
-        return torch.addcmul(offset, z, c)
-    y = torch.empty_like(z)
-    for rows in _blocks(z.shape[0], whole=False):
-        y[rows] = z[rows] * c + offset
-    return y
+    """c z + bias in the dtype of z, in one pass."""
+    if z.dtype == c.dtype and (bias is None or bias.dtype == c.dtype):
+        return z * c if bias is None else torch.addcmul(bias, z, c)
+    blocks = z.split(_BLOCK_ROWS)
+    return torch.cat([(zs * c if bias is None else zs * c + bias).to(z.dtype) for zs in blocks])

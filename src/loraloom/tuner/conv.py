@@ -44,7 +44,7 @@ class LoomConv(LoomLayer):
     def as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.get_base_layer().weight.shape)
 
-    def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str], in_place: bool = False) -> Tensor:
+    def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str]) -> Tensor:
         base = self.get_base_layer()
         kernel = tuple(base.kernel_size)
         channels = -1 - len(kernel)

@@ -44,7 +44,7 @@ class LoomEmbedding(LoomLayer):
     def as_weight(self, matrix: Tensor) -> Tensor:
         return self.as_matrix(matrix)  # transposing twice is nothing
 
-    def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str], in_place: bool = False) -> Tensor:
+    def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str]) -> Tensor:
         base = self.get_base_layer()
         multiplier = getattr(base, "embed_scale", 1.0)  # Gemma scales its embeddings after the lookup
         result = base_out

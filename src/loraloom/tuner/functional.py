@@ -107,47 +107,36 @@ def adapted_row_norm(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor) -> Tens
 
 
 def adapted_linear(
-    base_out: Tensor,
     x: Tensor,
     term: Term,
     *,
+    base_out: Tensor | None = None,
+    W: Tensor | None = None,
+    bias: Tensor | None = None,
     magnitude: Tensor | None = None,
     norm: Tensor | None = None,
-    bias: Tensor | None = None,
     dropout: float = 0.0,
-    in_place: bool = False,
 ) -> Tensor:
-    """The output of an adapted linear layer, from the output of its base layer.
-
-    z = base_out + g s drop(x) A^T M^T B^T;  without magnitude y = z, with it y = (m / norm) (z - bias) + bias.
+    """The output of an adapted linear layer: ``y = c (x W^T + g s drop(x) A^T M^T B^T) + bias``.
 
     Args:
-        base_out: ``x W^T + bias`` (tokens, out).
-        x: input (tokens, in).
+        x: input (..., in).
         term: the low-rank update.
-        magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), both or neither.
-        bias: the base layer's bias (out,), which DoRA does not scale. Ignored without magnitude.
+        base_out: the base layer's output ``x W^T + bias`` (..., out) where something else computes it. Not changed.
+        W: the base weight (out, in), when base_out is not given.
+        bias: the base layer's bias (out,), which DoRA does not scale.
+        magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), for c = m / norm; both or neither.
         dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
-        in_place: ``base_out`` may be overwritten: nobody else holds it and no backward formula needs it.
 
     Returns:
-        (tokens, out) in the dtype of base_out.
+        (..., out) in the dtype of the base layer's output. Differentiable once with respect to every tensor but norm.
     """
-    if torch.compiler.is_compiling():
-        return _adapted_linear_composed(base_out, x, term, magnitude, norm, bias, dropout)
-    return AdaptedLinear.apply(base_out, x, *term, magnitude, norm, bias, dropout, in_place)
-
-
-def _adapted_linear_composed(
-    base_out: Tensor,
-    x: Tensor,
-    term: Term,
-    magnitude: Tensor | None,
-    norm: Tensor | None,
-    bias: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """The same in plain differentiable operations, for compilers, which fuse and rematerialise by themselves."""
+    if not torch.compiler.is_compiling():
+        A, B, M, gate, scaling = term
+        return AdaptedLinear.apply(x, A, B, M, gate, scaling, dropout, base_out, W, bias, magnitude, norm)
+    # A compiler fuses and rematerialises by itself, from plain differentiable operations.
+    if base_out is None:
+        base_out = F.linear(x, W, bias)  # type: ignore[arg-type]
     h = F.linear(F.dropout(x, dropout, training=dropout > 0.0).to(term.A.dtype), term.A)
     if term.M is not None:
         h = F.linear(h, term.M)

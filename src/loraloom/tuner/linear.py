@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,41 +42,48 @@ class LoomLinear(LoomLayer):
         return self.as_matrix(matrix)  # transposing twice is nothing
 
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer
-        # A plain nn.Linear called with a matrix returns a fresh tensor that nothing else refers to, and its backward
-        # does not need it: the adapter can add to it in place. With a batch dimension it would return a view.
-        if not (type(base) is nn.Linear and self.quantization_backend is None and not base._forward_hooks):
-            return self.adapt(base(x, *args, **kwargs), x, adapters)
-        flat = x.reshape(-1, x.shape[-1])
-        return self.adapt(base(flat), flat, adapters, in_place=True).view(*x.shape[:-1], self.out_features)
+        base = self._modules["base_layer"]
+        if len(adapters) > 1 or type(base) is not nn.Linear or not self._calls_only_linear(base, x):
+            return super().adapted_forward(x, adapters, *args, **kwargs)
+        # One node for base and adapter: no second pass over the output, nor over the gradient of the input.
+        return self._adapt_one(x, adapters[0], base._parameters["bias"], W=base._parameters["weight"])
 
-    def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str], in_place: bool = False) -> Tensor:
-        out, x = base_out.reshape(-1, self.out_features), x.reshape(-1, self.in_features)
-        plain = [name for name in adapters if name not in self.loom_lora_magnitude_vector]
-        dora = [name for name in adapters if name in self.loom_lora_magnitude_vector]
-        rates = [self.dropout[name] if self.training else 0.0 for name in plain]
-        result = out
+    def _calls_only_linear(self, base: nn.Linear, x: Tensor) -> bool:
+        weight = base._parameters["weight"]
+        return (
+            self.quantization_backend is None
+            and type(weight) is nn.Parameter
+            and (x.dtype is weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and "forward" not in vars(base)  # accelerate's offloading replaces it
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str]) -> Tensor:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        if len(adapters) == 1:
+            return self._adapt_one(x, adapters[0], bias, base_out)
+        dora = [name for name in adapters if self.magnitude(name) is not None]
+        plain = [name for name in adapters if name not in dora]
+        result = base_out
         for name in dora:
             # Each DoRA adapter refers to the base weight alone, as in merging; several of them add their differences.
-            alone = len(adapters) == 1
-            y = self._adapt_dora(out, x, name, in_place and alone)
-            result = y if alone else result + (y - out)
-        # Without dropout the sum of several adapters is one adapter with stacked factors; masks are drawn one each.
-        groups = [plain] if not any(rates) else [[name] for name in plain]
-        for group in filter(None, groups):
-            term = stack([term for name in group for term in self.terms(name)])
-            rate = self.dropout[group[0]] if self.training else 0.0
-            result = adapted_linear(result, x, term, dropout=rate, in_place=in_place and not dora)
-        return result.view(base_out.shape)
+            result = result + (self._adapt_one(x, name, bias, base_out) - base_out)
+        if self.training and any(self.dropout[name] for name in plain):
+            for name in plain:  # each draws a mask of its own
+                result = self._adapt_one(x, name, bias, result)
+        elif plain:
+            # The sum of several adapters is one adapter with stacked factors.
+            term = stack([term for name in plain for term in self.terms(name)])
+            result = adapted_linear(x, term, base_out=result)
+        return result
 
-    def _adapt_dora(self, out: Tensor, x: Tensor, name: str, in_place: bool) -> Tensor:
+    def _adapt_one(
+        self, x: Tensor, name: str, bias: Tensor | None, base_out: Tensor | None = None, W: Tensor | None = None
+    ) -> Tensor:
+        term = stack(self.terms(name))
+        dropout = self.dropout[name] if self.training else 0.0
+        magnitude = self.magnitude(name)
+        norm = None if magnitude is None else self.row_norm(name)
         return adapted_linear(
-            out,
-            x,
-            stack(self.terms(name)),
-            magnitude=self.magnitude(name),
-            norm=self.row_norm(name),
-            bias=getattr(self.get_base_layer(), "bias", None),
-            dropout=self.dropout[name] if self.training else 0.0,
-            in_place=in_place,
+            x, term, base_out=base_out, W=W, bias=bias, magnitude=magnitude, norm=norm, dropout=dropout
         )
