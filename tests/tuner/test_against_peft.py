@@ -150,6 +150,25 @@ def test_an_empty_batch_goes_through_forward_and_backward():
     assert all(p.grad.abs().sum() == 0 for p in ours.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_factors_in_bf16_do_not_round_the_base_path(dora):
+    """TRL casts the factors on a quantised base to bf16, whatever the base computes in. At B = 0 nothing may change."""
+    model = get_peft_model(make_base("linear"), LoomConfig(r=4, target_modules=["target"], use_dora=dora))
+    for name, parameter in model.named_parameters():
+        if ".loom_lora_A" in name or ".loom_lora_B" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    x, base = make_input("linear").requires_grad_(), make_base("linear").target
+    output, weight = model(x), torch.randn(2, 5, 10)
+    (output * weight).sum().backward()
+    assert output.dtype == torch.float32
+    assert_near(output, base(x))
+    assert_near(x.grad, weight @ base.weight)
+    assert all(p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
+    if dora:
+        magnitude = next(p for n, p in model.named_parameters() if "magnitude" in n)
+        assert_near(magnitude.grad, ((output - base.bias) * weight).sum((0, 1)) / magnitude)
+
+
 def loss_curve(model, steps=50, **optimizer):
     """Losses of AdamW on a fixed regression, two micro-batches a step."""
     generator = torch.Generator().manual_seed(7)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+
 from loraloom.tuner import autograd as loom_autograd
 from loraloom.tuner.functional import (
     Term,
@@ -18,8 +20,6 @@ from loraloom.tuner.functional import (
     squared_row_norm,
     stack,
 )
-from torch.autograd.graph import saved_tensors_hooks
-
 from tests.tuner.support import assert_near
 
 TOKENS, IN, OUT, R = 5, 4, 6, 3

@@ -176,29 +176,34 @@ LOAD_WITHOUT_LORALOOM = """
 import sys
 import torch
 from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
 class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.target = torch.nn.Linear(6, 10)
 
-if sys.argv[2] == "config":
-    PeftConfig.from_pretrained(sys.argv[1])
-elif sys.argv[2] == "model":
-    PeftModel.from_pretrained(Toy(), sys.argv[1])
-else:
-    from transformers import AutoModelForCausalLM
-    AutoModelForCausalLM.from_pretrained(sys.argv[3]).load_adapter(sys.argv[1])
+adapter, base = sys.argv[1:]
+for route in (
+    lambda: PeftConfig.from_pretrained(adapter),
+    lambda: PeftModel.from_pretrained(Toy(), adapter),
+    lambda: AutoModelForCausalLM.from_pretrained(base).load_adapter(adapter),
+):
+    try:
+        route()
+    except Exception as error:
+        print(f"refused: {type(error).__name__}: {error}")
+    else:
+        print("LOADED")
 assert "loraloom" not in sys.modules
-print("LOADED")
 """
 
 
-@pytest.mark.parametrize("route", ["config", "model", "transformers"])
-def test_without_loraloom_loading_fails_loudly(route, saved, pico_llama_dir):
+def test_without_loraloom_loading_fails_loudly(saved, pico_llama_dir):
     """Never a plain LoRA: the type is unknown to PEFT, and the error shows it."""
-    arguments = [sys.executable, "-c", LOAD_WITHOUT_LORALOOM, str(saved), route, str(pico_llama_dir)]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert run.returncode != 0
-    assert "LOADED" not in run.stdout
-    assert "LOOM" in run.stderr
+    arguments = [sys.executable, "-c", LOAD_WITHOUT_LORALOOM, str(saved), str(pico_llama_dir)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("refused") and "LOOM" in line for line in lines), run.stdout
