@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 # (tokens, in) or (tokens, out) tensor is ever made. The dropout mask is drawn in the same blocks in both passes.
 _BLOCK_ROWS = 2048
 
+_Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | float]  # A, B, M, sigma
+
 
 class AdaptedLinear(torch.autograd.Function):
     """y = c z + b with z = x W^T + u B^T, u = sigma k, k = h M^T, h = x_d A^T, x_d = mask * x / (1 - p).
@@ -69,19 +71,18 @@ class AdaptedLinear(torch.autograd.Function):
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
         factors = _factors(A, B, M, gate, scaling, dtype)
         mask = _masks(seed, dropout, x.device, dtype) if dropout else None
+        c = None if magnitude is None or norm is None else magnitude / norm
         if z.dtype == dtype == x.dtype or x2.shape[0] <= _BLOCK_ROWS:
-            h = _add_update(z, x2, *factors, mask)
+            h, y = _add_update(z, x2, factors, mask, c, bias)
         else:
             blocks = zip(z.split(_BLOCK_ROWS), x2.split(_BLOCK_ROWS), strict=True)
-            h = torch.cat([_add_update(zs, xs, *factors, mask) for zs, xs in blocks])
+            h, y = map(torch.cat, zip(*(_add_update(*b, factors, mask, c, bias) for b in blocks), strict=True))
 
         ctx.scaling, ctx.dropout, ctx.seed, ctx.dtype = scaling, dropout, seed, dtype
         ctx.has_base_out = base_out is not None
-        if magnitude is None or norm is None:
-            ctx.save_for_backward(x2, h, A, B, M, gate, W)
-            return z if x2 is x else z.view(*x.shape[:-1], B.shape[0])
-        ctx.save_for_backward(x2, h, A, B, M, gate, W, z, bias, magnitude, norm)
-        return _rescale(z, magnitude / norm, bias).view(*x.shape[:-1], B.shape[0])
+        dora = () if c is None else (z, bias, magnitude, norm)
+        ctx.save_for_backward(x2, h, A, B, M, gate, W, *dora)
+        return y if x2 is x else y.view(*x.shape[:-1], B.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -120,11 +121,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     factors = _factors(A, B, M, gate, ctx.scaling, dtype)
     mask = _masks(ctx.seed, ctx.dropout, x.device, dtype) if ctx.dropout else None
     if g.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
-        sums = _add_gradient(dx, g, x, h, *factors, mask, needs)
+        sums = _add_gradient(dx, g, x, h, factors, mask, needs)
     else:
         pieces = [t.split(_BLOCK_ROWS) for t in (g if dx is None else dx, g, x, h)]
         blocks = [
-            _add_gradient(None if dx is None else dxs, gs, xs, hs, *factors, mask, needs)
+            _add_gradient(None if dx is None else dxs, gs, xs, hs, factors, mask, needs)
             for dxs, gs, xs, hs in zip(*pieces, strict=True)
         ]
         sums = _Sums(
@@ -147,17 +148,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _add_update(
-    z: Tensor, x: Tensor, A: Tensor, B: Tensor, M: Tensor | None, sigma: Tensor | float, mask: Any
-) -> Tensor:
-    """Adds u B^T to z (tokens, out) in place and returns h (tokens, r)."""
+    z: Tensor, x: Tensor, factors: _Factors, mask: Any, c: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Adds u B^T to z (tokens, out) in place; returns h (tokens, r) and y = c z + bias, which is z without c."""
+    A, B, M, sigma = factors
     x = _to(x, A.dtype)
     h = (x if mask is None else x * mask(x)) @ A.t()
     u = (h if M is None else h @ M.t()) * sigma
     if z.dtype == u.dtype:
-        z.addmm_(u, B.t())
-    else:
-        z.add_(u @ B.t())
-    return h
+        exact = z.addmm_(u, B.t())
+    else:  # y is rounded once, not z first and then its multiple
+        exact = z + u @ B.t()
+        z.copy_(exact)
+    if c is None:
+        return h, z
+    if bias is None:
+        return h, (exact * c).to(z.dtype)
+    if exact.dtype == c.dtype == bias.dtype:
+        return h, torch.addcmul(bias, exact, c).to(z.dtype)
+    return h, (exact * c + bias).to(z.dtype)
 
 
 class _Sums(NamedTuple):
@@ -174,14 +183,12 @@ def _add_gradient(
     g: Tensor,
     x: Tensor,
     h: Tensor,
-    A: Tensor,
-    B: Tensor,
-    M: Tensor | None,
-    sigma: Tensor | float,
+    factors: _Factors,
     mask: Any,
     needs: tuple[bool, ...],
 ) -> _Sums:
     """Adds the low-rank path's share to dx (tokens, in) in place and returns the sums; g is Z."""
+    A, B, M, sigma = factors
     needs_A, needs_B, needs_M, needs_gate = needs
     g, x = _to(g, A.dtype), _to(x, A.dtype)
     k = h if M is None else h @ M.t()
@@ -209,7 +216,7 @@ def _add_gradient(
 
 def _factors(
     A: Tensor, B: Tensor, M: Tensor | None, gate: Tensor | None, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | float]:
+) -> _Factors:
     """A, B, M and sigma in the dtype of computation."""
     sigma = scaling if gate is None else (gate * scaling).to(dtype)
     return _to(A, dtype), _to(B, dtype), _cast(M, dtype), sigma
@@ -236,11 +243,3 @@ def _masks(seed: int, p: float, device: torch.device, dtype: torch.dtype) -> Cal
     """A function that draws inverted dropout's factors, 0 or 1 / (1 - p), block after block."""
     random = torch.Generator(device).manual_seed(seed)
     return lambda x: torch.empty_like(x, dtype=dtype).bernoulli_(1.0 - p, generator=random).div_(1.0 - p)
-
-
-def _rescale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    """c z + bias in the dtype of z, in one pass."""
-    if z.dtype == c.dtype and (bias is None or bias.dtype == c.dtype):
-        return z * c if bias is None else torch.addcmul(bias, z, c)
-    blocks = z.split(_BLOCK_ROWS)
-    return torch.cat([(zs * c if bias is None else zs * c + bias).to(z.dtype) for zs in blocks])

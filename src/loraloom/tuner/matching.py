@@ -34,7 +34,10 @@ def check_patterns(config: Any, model: nn.Module, is_target: Callable[[str], Any
         targets = [name for name in names if is_target(name)]
 
     problems = []
-    if not isinstance(config.target_modules, str):
+    if isinstance(config.target_modules, str):
+        if not targets:
+            problems.append(_problem("target_modules", config.target_modules, names, targets))
+    else:
         for wanted in sorted(config.target_modules or ()):
             if not any(name == wanted or name.endswith(f".{wanted}") for name in targets):
                 problems.append(_problem("target_modules", wanted, names, targets))
@@ -53,6 +56,6 @@ def _problem(option: str, wanted: str, names: Iterable[str], targets: list[str])
     if any(name == wanted or name.endswith(f".{wanted}") for name in names) and option == "target_modules":
         return f"{option}: {wanted!r} names only modules that the other options (exclude_modules, ...) leave out."
     endings = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
-    near = difflib.get_close_matches(wanted.rpartition(".")[2], sorted(endings), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(re.split(r"[^\w]", wanted)[-1], sorted(endings), n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else f"the model has: {', '.join(sorted(endings)[:12])}"
     return f"{option}: {wanted!r} matches no module of the model ({hint})."
