@@ -37,7 +37,6 @@ class LoomModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = LoomLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    _fresh: frozenset[str] = frozenset()  # adapters whose dtype PEFT has not settled yet
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so a mistake leaves the model as it was.
@@ -60,7 +59,6 @@ class LoomModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        self._fresh = self._fresh | {adapter_name}
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
         r = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
         alpha = alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha)
@@ -72,13 +70,6 @@ class LoomModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT casts at each load, also when a Trainer resumes into an adapter that TRL has put into bf16 (quantised
-        # bases): its dtype would change half-way, and the run would not be the one that was interrupted.
-        if adapter_name in self._fresh:
-            self._fresh = self._fresh - {adapter_name}
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # A loom layer places its own tensors and the base keeps its own; PEFT's version copies attributes besides,
