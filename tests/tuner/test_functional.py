@@ -55,57 +55,69 @@ def reference(x, W, term, magnitude, norm, bias):
     return F.linear(x, weight, bias)
 
 
-def ours(x, W, term, magnitude, norm, bias, **kwargs):
-    return adapted_linear(F.linear(x, W, bias), x, term, magnitude=magnitude, norm=norm, bias=bias, **kwargs)
+def ours(x, W, term, magnitude, norm, bias, through="weight", **kwargs):
+    base = {"W": W} if through == "weight" else {"base_out": F.linear(x, W, bias)}
+    return adapted_linear(x, term, bias=bias, magnitude=magnitude, norm=norm, **base, **kwargs)
+
+
+both_ways = pytest.mark.parametrize("through", ["weight", "base output"])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
+@both_ways
 @every_combination
-def test_gradcheck_in_float64(mixer, gate, dora, bias, dropout):
+def test_gradcheck_in_float64(mixer, gate, dora, bias, through, dropout):
     x, W, term, magnitude, norm, offset = tensors(mixer, gate, dora, bias)
     parts = [t for t in (x, W, term.A, term.B, term.M, term.gate, magnitude, offset) if t is not None]
 
     def run(*_):
         torch.manual_seed(5)  # the same mask in every evaluation
-        return ours(x, W, term, magnitude, norm, offset, dropout=dropout)
+        return ours(x, W, term, magnitude, norm, offset, through, dropout=dropout)
 
     assert torch.autograd.gradcheck(run, parts)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@both_ways
 @every_combination
-def test_outputs_and_gradients_are_those_of_the_dense_weight(mixer, gate, dora, bias, in_place):
+def test_outputs_and_gradients_are_those_of_the_dense_weight(mixer, gate, dora, bias, through):
     x, W, term, magnitude, norm, offset = tensors(mixer, gate, dora, bias)
     parts = [t for t in (x, W, term.A, term.B, term.M, term.gate, magnitude, offset) if t is not None]
     expected = reference(x, W, term, magnitude, norm, offset)
     weight = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * weight).sum(), parts)
-    output = ours(x, W, term, magnitude, norm, offset, in_place=in_place)
+    output = ours(x, W, term, magnitude, norm, offset, through)
     grads = torch.autograd.grad((output * weight).sum(), parts)
     assert_near(output, expected)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert_near(grad, expected_grad)
 
 
-@pytest.mark.parametrize("wanted", ["x", "A", "B", "M", "gate", "magnitude"])
-def test_each_gradient_is_right_when_only_that_one_is_asked_for(wanted):
-    x, W, term, magnitude, norm, _ = tensors(True, True, True, False)
-    leaves = {"x": x, "magnitude": magnitude, **{name: getattr(term, name) for name in ("A", "B", "M", "gate")}}
-    for tensor in (*leaves.values(), W):
+@both_ways
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("wanted", ["x", "W", "bias", "A", "B", "M", "gate", "magnitude"])
+def test_each_gradient_is_right_when_only_that_one_is_asked_for(wanted, dora, through):
+    x, W, term, magnitude, norm, bias = tensors(True, True, dora, True)
+    leaves = {"x": x, "W": W, "bias": bias, "magnitude": magnitude} | {
+        n: getattr(term, n) for n in ("A", "B", "M", "gate")
+    }
+    if leaves[wanted] is None:
+        wanted = "x"
+    for tensor in filter(torch.is_tensor, leaves.values()):
         tensor.requires_grad_(tensor is leaves[wanted])
-    output, expected = ours(x, W, term, magnitude, norm, None), reference(x, W, term, magnitude, norm, None)
+    output, expected = ours(x, W, term, magnitude, norm, bias, through), reference(x, W, term, magnitude, norm, bias)
     (grad,) = torch.autograd.grad(output.square().sum(), leaves[wanted])
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), leaves[wanted])
     assert_near(grad, expected_grad)
 
 
+@both_ways
 @every_combination
-def test_dropout_in_backward_uses_the_mask_of_the_forward(mixer, gate, dora, bias, monkeypatch):
+def test_dropout_in_backward_uses_the_mask_of_the_forward(mixer, gate, dora, bias, through):
     """The mask is drawn again in backward. Seen from outside: the output is linear in the mask, so it can be solved
     for, and the gradients must be those of the dense formula with that very mask."""
     x, W, term, magnitude, norm, offset = tensors(mixer, gate, dora, bias, rank=IN)
     p = 0.5
-    output = ours(x, W, term, magnitude, norm, offset, dropout=p)
+    output = ours(x, W, term, magnitude, norm, offset, through, dropout=p)
     with torch.no_grad():
         z = output if magnitude is None else rescale(output, norm / magnitude, offset)
         low_rank = z - F.linear(x, W, offset)
@@ -150,9 +162,10 @@ def test_dropout_keeps_the_expectation():
         assert ((mean - reference(x, W, term, None, None, None)).abs() < 5 * deviation / 20000**0.5).all()
 
 
+@both_ways
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_blocks_of_rows_change_nothing_but_rounding(dora, dropout, monkeypatch):
+def test_blocks_of_rows_change_nothing_but_rounding(dora, dropout, through, monkeypatch):
     """With a bf16 input the work goes through blocks of rows; the same rows in one block must agree."""
     x, W, term, magnitude, norm, _ = tensors(True, True, dora, False, torch.float32)
     x = x.detach().to(torch.bfloat16).requires_grad_()
@@ -161,7 +174,7 @@ def test_blocks_of_rows_change_nothing_but_rounding(dora, dropout, monkeypatch):
 
     def run():
         torch.manual_seed(2)
-        output = ours(x, W, term, magnitude, norm, None, dropout=dropout)
+        output = ours(x, W, term, magnitude, norm, None, through, dropout=dropout)
         return output, *torch.autograd.grad(output.float().square().sum(), parts)
 
     whole = run()
@@ -187,7 +200,7 @@ def test_nothing_of_the_inputs_size_is_saved_in_another_dtype(dora):
     magnitude, norm = (torch.ones(width, requires_grad=True), torch.ones(width)) if dora else (None, None)
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ours(x, W, term, magnitude, norm, None, in_place=True)
+        ours(x, W, term, magnitude, norm, None)
     own = {
         t.data_ptr(): t
         for t in saved

@@ -25,6 +25,8 @@ BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 class Factor(nn.Module):
     """Holds one tensor of an adapter. Each has a module of its own, so that sharding and saving see plain weights."""
 
+    dtype_is_settled = False  # see LoomModel._cast_adapter_dtype
+
     def __init__(self, weight: Tensor, trainable: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=trainable)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
-from loraloom.tuner.layer import BASE, LoomLayer
+from loraloom.tuner.layer import BASE, Factor, LoomLayer
 from loraloom.tuner.linear import LoomLinear
 from loraloom.tuner.matching import check_patterns
 from loraloom.tuner.quantized import prevent_cpu_repacking
@@ -75,6 +75,17 @@ class LoomModel(BaseTuner):
         # A loom layer places its own tensors and the base keeps its own; PEFT's version copies attributes besides,
         # which fails when the module given back is a wrapper (trainable tokens).
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT casts a new adapter, and casts again after every load. Where a run is resumed, the load goes into an
+        # adapter that exists, whose dtype the trainer may have chosen since (TRL: bf16 on a quantised base), and the
+        # run must go on in that dtype.
+        factors = [m for n, m in self.named_modules() if isinstance(m, Factor) and n.endswith(f".{adapter_name}")]
+        if any(factor.dtype_is_settled for factor in factors):
+            return
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for factor in factors:
+            factor.dtype_is_settled = not factor.weight.is_meta  # on meta, the dtype will be the checkpoint's
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
