@@ -55,16 +55,21 @@ def reference(x, W, term, magnitude, norm, bias):
     return F.linear(x, weight, bias)
 
 
-def ours(x, W, term, magnitude, norm, bias, through="weight", **kwargs):
-    base = {"W": W} if through == "weight" else {"base_out": F.linear(x, W, bias)}
-    return adapted_linear(x, term, bias=bias, magnitude=magnitude, norm=norm, **base, **kwargs)
+def ours(x, W, term, magnitude, norm, bias, through="weight", dropout=0.0):
+    base = {"W": W} if "weight" in through else {"base_out": F.linear(x, W, bias)}
+    if "node" in through:  # whatever adapted_linear would choose for these dtypes
+        A, B, M, gate, scaling = term
+        given = base.get("base_out"), base.get("W"), bias, magnitude, norm
+        return loom_autograd.AdaptedLinear.apply(x, A, B, M, gate, scaling, dropout, *given)
+    return adapted_linear(x, term, bias=bias, magnitude=magnitude, norm=norm, dropout=dropout, **base)
 
 
 both_ways = pytest.mark.parametrize("through", ["weight", "base output"])
+all_ways = pytest.mark.parametrize("through", ["weight", "base output", "weight, node", "base output, node"])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@both_ways
+@all_ways
 @every_combination
 def test_gradcheck_in_float64(mixer, gate, dora, bias, through, dropout):
     x, W, term, magnitude, norm, offset = tensors(mixer, gate, dora, bias)
@@ -77,7 +82,7 @@ def test_gradcheck_in_float64(mixer, gate, dora, bias, through, dropout):
     assert torch.autograd.gradcheck(run, parts)
 
 
-@both_ways
+@all_ways
 @every_combination
 def test_outputs_and_gradients_are_those_of_the_dense_weight(mixer, gate, dora, bias, through):
     x, W, term, magnitude, norm, offset = tensors(mixer, gate, dora, bias)
@@ -92,7 +97,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_weight(mixer, gate, dora, 
         assert_near(grad, expected_grad)
 
 
-@both_ways
+@all_ways
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("wanted", ["x", "W", "bias", "A", "B", "M", "gate", "magnitude"])
 def test_each_gradient_is_right_when_only_that_one_is_asked_for(wanted, dora, through):
@@ -183,9 +188,11 @@ def test_blocks_of_rows_change_nothing_but_rounding(dora, dropout, through, monk
         assert_near(blocked, value, torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32, factor=3)
 
 
-def test_double_backward_raises():
+def test_double_backward_is_right_where_torch_can_and_raises_where_the_node_is_used():
     x, W, term, *_ = tensors(False, False, False, False)
-    (grad,) = torch.autograd.grad(ours(x, W, term, None, None, None).square().sum(), term.A, create_graph=True)
+    assert torch.autograd.gradgradcheck(lambda *_: ours(x, W, term, None, None, None), (x, term.A, term.B))
+    output = ours(x, W, term, None, None, None, dropout=0.5)
+    (grad,) = torch.autograd.grad(output.square().sum(), term.A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 

@@ -1,8 +1,9 @@
 """An adapted linear layer as one autograd node: forward, and the gradients derived by hand.
 
-Why by hand: autograd would save a float32 copy of x for each target, the scaled h, and for DoRA four tensors of the
-output's size, and would add up dL/dx in a pass of its own. Here one node saves x itself (shared by every layer that
-reads it), h (tokens, r), and for DoRA z.
+Why by hand: where base and adapter differ in dtype, under autocast and with dropout, autograd would save copies of x
+for each target (a float32 one, the dropped one, the mask), and for DoRA four tensors of the output's size. Here one
+node saves x itself (shared by every layer that reads it), h (tokens, r), and for DoRA z. Where all is one dtype,
+torch's own operations save no more and are faster on few tokens; see ``functional.adapted_linear``.
 """
 
 from collections.abc import Callable

@@ -129,21 +129,56 @@ def adapted_linear(
         dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
 
     Returns:
-        (..., out) in the dtype of the base layer's output. Differentiable once with respect to every tensor but norm.
+        (..., out) in the dtype of the base layer's output. Differentiable with respect to every tensor but norm; where
+        dtypes differ or with dropout, once.
     """
-    if not torch.compiler.is_compiling():
-        A, B, M, gate, scaling = term
-        return AdaptedLinear.apply(x, A, B, M, gate, scaling, dropout, base_out, W, bias, magnitude, norm)
-    # A compiler fuses and rematerialises by itself, from plain differentiable operations.
+    uniform = x.dtype is term.A.dtype and not torch.is_autocast_enabled(x.device.type)
+    if (uniform and not dropout) or torch.compiler.is_compiling():
+        return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
+    A, B, M, gate, scaling = term
+    return AdaptedLinear.apply(x, A, B, M, gate, scaling, dropout, base_out, W, bias, magnitude, norm)
+
+
+def _composed(
+    x: Tensor,
+    term: Term,
+    base_out: Tensor | None,
+    W: Tensor | None,
+    bias: Tensor | None,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The same from torch's own operations, for one dtype and for compilers.
+
+    They save no more than the node by hand does: x, h, and with a magnitude z. The update is added by one ``addmm``,
+    without a pass of its own over the output.
+    """
+    has_norm = magnitude is not None and norm is not None
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if base_out is None:
-        base_out = F.linear(x, W, bias)  # type: ignore[arg-type]
-    h = F.linear(F.dropout(x, dropout, training=dropout > 0.0).to(term.A.dtype), term.A)
+        z = F.linear(x2, W, None if has_norm else bias)  # type: ignore[arg-type]
+    else:
+        z = base_out.reshape(-1, base_out.shape[-1])
+        z = z - bias if has_norm and bias is not None else z
+    dtype = z.dtype
+    h = F.linear((F.dropout(x2, dropout) if dropout else x2).to(term.A.dtype), term.A)
     if term.M is not None:
         h = F.linear(h, term.M)
-    z = base_out + F.linear(h * scale(term), term.B.to(h.dtype))
+    if term.gate is not None:
+        h = h * scale(term)
+    alpha = 1.0 if term.gate is not None else term.scaling
+    if z.dtype is not h.dtype or h.dtype is not term.B.dtype:  # only where a compiler fuses it
+        z = z + F.linear(h, term.B.to(h.dtype)) * alpha
+    elif base_out is None:
+        z = z.addmm_(h, term.B.t(), alpha=alpha)  # z is nobody else's
+    else:
+        z = torch.addmm(z, h, term.B.t(), alpha=alpha)
     if magnitude is not None and norm is not None:
-        z = rescale(z, magnitude / norm, bias)
-    return z.to(base_out.dtype)
+        c = magnitude / norm
+        z = z * c if bias is None else torch.addcmul(bias, z, c)
+    z = z.to(dtype)
+    return z if x2 is x else z.view(*x.shape[:-1], z.shape[-1])
 
 
 def rescale(z: Tensor, c: Tensor, bias: Tensor | None, channel_dim: int = -1) -> Tensor:
