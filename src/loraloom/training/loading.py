@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..errors import InputError, did_you_mean
-from .config import METHODS_WITHOUT_ADAPTER, SECTIONS, TRAINING_DEFAULTS, MethodSection, RunConfig
+from loraloom.errors import InputError, did_you_mean
+from loraloom.training.config import METHODS_WITHOUT_ADAPTER, SECTIONS, TRAINING_DEFAULTS, MethodSection, RunConfig
 
 SECTION_NAMES = tuple(f.name for f in dataclasses.fields(RunConfig))
 
