@@ -16,7 +16,7 @@ class RunInterruptedError(RuntimeError):
     """The user stopped the run and a checkpoint was saved. The command line prints one line and exits with 130."""
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the candidate nearest to `name`, or nothing when none is near."""
-    nearest = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean 'x'?` for the candidate nearest to `name`, or nothing when none has a similarity of `cutoff`."""
+    nearest = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -76,7 +76,9 @@ def dump_config(config: RunConfig) -> str:
 
 def unknown_key(section: str, key: str, known: Sequence[str]) -> InputError:
     """The error for a key that `section` does not have: where it belongs if anywhere, else the nearest key."""
-    hint = _home_of(key, section) or did_you_mean(key, known) or f"; expected one of {', '.join(known)}"
+    # A mere slip is answered at once; `_home_of` may have to load the library that knows the keys of `training`.
+    hint = did_you_mean(key, known, cutoff=0.85) or _home_of(key, section) or did_you_mean(key, known)
+    hint = hint or f"; expected one of {', '.join(known)}"
     return InputError(f"unknown key {section}.{key}{hint}")
 
 

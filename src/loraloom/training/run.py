@@ -108,7 +108,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         if interrupt.requested and state.global_step < state.max_steps:
             saved = output / CHECKPOINTS / f"checkpoint-{state.global_step}"
             raise RunInterruptedError(f"stopped after step {state.global_step} of {state.max_steps}; saved {saved}")
-        after = evaluate(trainer, config)
+        after = _last_evaluation(trainer, config) or evaluate(trainer, config)
     trainer.save_model(str(output))
     trainable, total = count_parameters(model)
     result = RunResult(
@@ -200,6 +200,14 @@ def evaluate(trainer: Trainer, config: RunConfig) -> dict[str, float]:
     """The task's metrics on the test set."""
     metrics = trainer.evaluate()
     return {name: metrics[f"eval_{name}"] for name in METRICS[config.model.task]}
+
+
+def _last_evaluation(trainer: Trainer, config: RunConfig) -> dict[str, float] | None:
+    """The metrics of the weights as they are now, if the last epoch ended with an evaluation of just these."""
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not evaluations or evaluations[-1]["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        return None
+    return {name: evaluations[-1][f"eval_{name}"] for name in METRICS[config.model.task]}
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

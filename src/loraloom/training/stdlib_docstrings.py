@@ -7,6 +7,7 @@ sides.
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import sysconfig
@@ -26,6 +27,7 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+@functools.cache
 def stdlib_docstrings(library: Path | None = None) -> tuple[list[str], list[str], list[bool]]:
     """Read the standard library's docstrings.
 
