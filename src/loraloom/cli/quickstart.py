@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if numbers["reloaded"] != numbers["fine_tuned"]:
         raise RunFailedError(
-            f"the reloaded adapter has accuracy {numbers['reloaded']:.4f}, not {numbers['fine_tuned']:.4f} as in training"
+            f"the reloaded adapter has accuracy {numbers['reloaded']:.4f}, in training {numbers['fine_tuned']:.4f}"
         )
     show_end(numbers, command.folder, console)
     if command.json:

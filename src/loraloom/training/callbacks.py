@@ -53,16 +53,17 @@ class SanityCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
     ) -> None:
-        if state.global_step - self.first_step != min(self.steps, state.max_steps - self.first_step):
+        steps = min(self.steps, state.max_steps - self.first_step)
+        if state.global_step - self.first_step != steps:
             return
         if not self.saw_gradient:
             raise RunFailedError(
-                f"no adapter has had a non-zero gradient in the first {self.steps} steps, so nothing is learned: "
+                f"no adapter has had a non-zero gradient in the first {steps} steps, so nothing is learned: "
                 "check that the adapted modules are used in the forward pass and that the labels are not all masked"
             )
         if torch.equal(self.norms, self._norms()):
             raise RunFailedError(
-                f"no adapter weight has changed in the first {self.steps} steps although there are gradients: the "
+                f"no adapter weight has changed in the first {steps} steps although there are gradients: the "
                 f"learning rate is {lr_scheduler.get_last_lr()[0]:g}; raise training.learning_rate"
             )
 

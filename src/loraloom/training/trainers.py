@@ -28,7 +28,15 @@ class EpochSeededLengthGroups(LengthGroupedSampler):
 
 
 class ExactResumeTrainer(Trainer):
-    """A Trainer whose `group_by_length` order survives a resume; the other orders do so by themselves."""
+    """A Trainer whose runs are a function of seed and data alone, however often they are resumed or evaluated."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without touching the random state of training: a data loader draws a seed when it starts.
+
+        Else a checkpoint that Ctrl-C saves before an evaluation was due would go on with other dropout masks.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         rows = train_dataset if train_dataset is not None else self.train_dataset
