@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from loraloom.errors import InputError
-from loraloom.training.config import SECTIONS, TRAINING_DEFAULTS, RunConfig
+from loraloom.training.config import SECTIONS, TRAINING_DEFAULTS, MethodSection, RunConfig
 from loraloom.training.loading import dump_config, load_config
 
 
@@ -53,6 +53,17 @@ def test_every_key_has_a_default_and_help():
             assert field.default is not missing or field.default_factory is not missing
             after = source.split(f"\n    {field.name}: ", 1)[1].splitlines()[1]
             assert after.strip().startswith('"""'), f"{section.__name__}.{field.name} has no help"
+
+
+def test_method_has_the_keys_of_loom_config():
+    """So a part that the adapter gains can be asked for in RUN.yaml. Left out: what is no choice of a run."""
+    from peft import PeftConfig
+
+    from loraloom import LoomConfig
+
+    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    ours = {f.name for f in dataclasses.fields(LoomConfig)} - inherited - {"loom_format_version", "target_parameters"}
+    assert {f.name for f in dataclasses.fields(MethodSection)} - {"name"} == ours
 
 
 def test_training_keeps_its_defaults_beside_other_keys(tmp_path):

@@ -110,6 +110,27 @@ def test_other_causal_columns(causal, columns, tmp_path):
     assert result.after["loss"] < result.before["loss"]
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_base_learns_and_reloads_to_the_same_numbers(causal, quantization):
+    model = dataclasses.replace(causal.model, quantization=quantization)
+    config = with_method(dataclasses.replace(causal, model=model), "dora", use_mixer="orthogonal", use_gate=True)
+    result = run.train(config)
+    assert result.after["loss"] < result.before["loss"]
+    saved = weights(config.output.dir)
+    assert {saved[name].dtype for name in saved if "magnitude" in name} == {torch.float32}
+    assert evaluate_saved(Path(config.output.dir)) == result.after
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_weight(classification, tmp_path, reentrant):
+    config = with_training(classification, max_steps=4)
+    plain = weights(run.train(elsewhere(config, tmp_path / "plain")).output_dir)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    checkpointed = weights(run.train(with_training(config, **options)).output_dir)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(checkpointed[name], tensor)
+
+
 class StopAt(TrainerCallback):
     """Sends the process a Ctrl-C in the middle of an optimizer step."""
 

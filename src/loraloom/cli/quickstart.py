@@ -73,6 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         f"Linear probe on the frozen encoder: {numbers['probe']:.4f}.\n"
         f"Training {config.method.name} adapters; the metrics are on the test set.",
         highlight=False,
+        soft_wrap=True,
     )
     result = train(config, console=console)
     show(result, console)
@@ -105,6 +106,7 @@ def baselines(config: RunConfig, console: Console) -> dict[str, float]:
         f" {', '.join(data.label_names)}.\nFor example, from {data.label_names[data.test[0]['label']]}: "
         f"{data.test[0]['text']!r}",
         highlight=False,
+        soft_wrap=True,
     )
     with console.status("Fitting a linear probe on the frozen encoder"):
         tokenizer = load_tokenizer(config.model)
@@ -149,4 +151,5 @@ def show_end(numbers: dict[str, float], folder: str, console: Console) -> None:
         f"  loraloom train {folder}/resolved.yaml --method.name dora --output.dir dora-run\n"
         f"  loraloom train {folder}/resolved.yaml --data.path your.jsonl --output.dir your-run",
         highlight=False,
+        soft_wrap=True,
     )

@@ -97,4 +97,6 @@ def show(result: "RunResult", console: Console) -> None:
         ("wall time", f"{result.wall_time_seconds:.0f} s"),
     ]
     console.print(results_table(rows, f"{result.method}, before -> after training"))
-    console.print(f"Saved in {result.output_dir}: the weights, metrics.json, resolved.yaml", highlight=False)
+    console.print(
+        f"Saved in {result.output_dir}: the weights, metrics.json, resolved.yaml", highlight=False, soft_wrap=True
+    )

@@ -101,8 +101,6 @@ class MethodSection:
     """The base stores its weights (in, out); found by itself for transformers' Conv1D."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Rows of the embedding to train."""
-    target_parameters: list[str] | None = None
-    """Names of bare parameters to adapt, as experts in a mixture keep them."""
     allow_unmatched: bool = False
     """A name in target_modules or in a pattern that matches nothing is a warning, not an error."""
 

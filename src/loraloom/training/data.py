@@ -23,6 +23,7 @@ READERS = {
     ".csv": Dataset.from_csv,
     ".parquet": Dataset.from_parquet,
 }
+TEXT_TYPES = ("string", "large_string")
 # In TRL's order of preference: a chat carries most, a bare text least.
 CAUSAL_COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
 
@@ -131,11 +132,16 @@ def _classification_columns(section: DataSection, rows: Dataset) -> tuple[str, s
         raise _no_column(section, label or "label", found, "data.label_column")
     text = section.text_column or ("text" if "text" in found else None)
     if text is None:
-        strings = [c for c, feature in rows.features.items() if feature.dtype == "string" and c != label]
+        strings = [c for c, feature in rows.features.items() if _holds(feature, TEXT_TYPES) and c != label]
         text = strings[0] if len(strings) == 1 else None
     if text is None or text not in found:
         raise _no_column(section, text or "text", found, "data.text_column")
     return text, label
+
+
+def _holds(feature: Any, types: tuple[str, ...]) -> bool:
+    """Whether a column holds plain values of one of these types; a list or a record is none."""
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(types)
 
 
 def _no_column(section: DataSection, column: str, found: list[str], key: str) -> InputError:
@@ -147,8 +153,9 @@ def _label_names(train: Dataset, column: str) -> list[str]:
     feature = train.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
-    if feature.dtype != "string" and not feature.dtype.startswith(("int", "uint", "bool")):
-        raise InputError(f"column {column!r} holds {feature.dtype}; expected integer or string labels")
+    if not _holds(feature, (*TEXT_TYPES, "int", "uint", "bool")):
+        kind = getattr(feature, "dtype", "nested values")
+        raise InputError(f"column {column!r} holds {kind}; expected integer or string labels")
     return [str(value) for value in sorted(set(train[column]) - {None})]
 
 
