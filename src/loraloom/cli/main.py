@@ -1,0 +1,71 @@
+"""`loraloom VERB ...`. A verb's file is imported when the verb is called: `loraloom --help` loads no torch.
+
+Exit codes: 0 done; 1 the run failed, or an unexpected error; 2 wrong input; 130 interrupted.
+"""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from loraloom import __version__
+from loraloom.errors import InputError, RunFailedError, RunInterruptedError, did_you_mean
+
+VERBS = {
+    "quickstart": "fine-tune a real model on real text in a few minutes, without the hub",
+    "train": "fine-tune a model as RUN.yaml says",
+    "evaluate": "load a finished run from its folder and evaluate it again",
+}
+HELP = f"""usage: loraloom VERB [options]
+
+Low-rank fine-tuning methods that PEFT lacks, combined in one fast layer.
+
+verbs:
+{chr(10).join(f"  {verb:<12}{summary}" for verb, summary in VERBS.items())}
+
+options:
+  --help      this text; after a verb, the verb's options
+  --version   the version
+  --debug     after a verb: errors with their traceback
+
+exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code. A wrong input is one line on stderr, with a traceback only on `--debug`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    verb, *rest = arguments
+    debug = "--debug" in rest
+    try:
+        if verb not in VERBS:
+            raise InputError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} See loraloom --help")
+        importlib.import_module(f"loraloom.cli.{verb}").main([word for word in rest if word != "--debug"])
+    except InputError as error:
+        return _report(str(error), 2, debug)
+    except RunInterruptedError as error:
+        return _report(str(error), 130, debug)
+    except KeyboardInterrupt:
+        return _report("interrupted; nothing new was saved", 130, debug)
+    except RunFailedError as error:
+        return _report(str(error), 1, debug)
+    except Exception as error:
+        message = " ".join(str(error).split())[:500]
+        return _report(f"{type(error).__name__}: {message} (run again with --debug for the traceback)", 1, debug)
+    return 0
+
+
+def _report(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"loraloom: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

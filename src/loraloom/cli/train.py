@@ -1,0 +1,102 @@
+"""`loraloom train RUN.yaml --section.key value ...`"""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+from rich.console import Console
+
+from loraloom.cli.options import Output, parse, quiet_libraries
+from loraloom.errors import InputError, RunInterruptedError
+from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection
+from loraloom.training.loading import load_config
+
+if TYPE_CHECKING:
+    from loraloom.training.run import RunResult
+
+
+@dataclass
+class Train(Output):
+    """Fine-tune a model as RUN.yaml says.
+
+    Every key of its sections can also be given as --section.key value, which wins over the file; --training.KEY takes
+    any key of TrainingArguments (text-classification) or SFTConfig (causal-lm).
+    """
+
+    run: tyro.conf.Positional[Path | None] = None
+    """RUN.yaml; every key has a default."""
+    resume: bool = False
+    """Go on from the last checkpoint in output.dir."""
+    # Shown in the help; their values are read as YAML by `load_config`, which checks them as it checks the file.
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    method: MethodSection = field(default_factory=MethodSection)
+    output: OutputSection = field(default_factory=OutputSection)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, and show or print the result."""
+    options, overrides = split_overrides(arguments)
+    command: Train = parse("train", Train, options)
+    if command.run is None and not overrides:
+        raise InputError("train needs a RUN.yaml, or --section.key value; see loraloom train --help")
+    quiet_libraries()
+    config = load_config(command.run, overrides)
+    console = command.console()
+    with console.status("Loading PyTorch and transformers"):
+        from loraloom.training.run import train
+    try:
+        result = train(config, resume=command.resume, console=console)
+    except RunInterruptedError as error:
+        again = shlex.join(["loraloom", "train", *(word for word in arguments if word != "--resume"), "--resume"])
+        raise RunInterruptedError(f"{error}; go on with: {again}") from None
+    show(result, console)
+    if command.json:
+        print(json.dumps(dataclasses.asdict(result)))
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separate `--section.key value` and `--section.key=value` from the verb's own options.
+
+    Raises:
+        InputError: the last key has no value.
+    """
+    options, overrides = [], []
+    words = iter(arguments)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and "." in key):
+            options.append(word)
+            continue
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise InputError(f"{word} has no value; expected {word} VALUE")
+            value = following
+        overrides.append((key, value))
+    return options, overrides
+
+
+def show(result: "RunResult", console: Console) -> None:
+    """The table of results, and where they are."""
+    from loraloom.training.display import readable_bytes, results_table
+
+    rows = [
+        (name.replace("_", " "), f"{result.before[name]:.4f} -> {value:.4f}") for name, value in result.after.items()
+    ]
+    share = result.trainable_parameters / result.total_parameters
+    rows += [
+        ("trainable parameters", f"{result.trainable_parameters:,} of {result.total_parameters:,} ({share:.2%})"),
+        ("tokens per second", f"{result.tokens_per_second:,.0f}"),
+        ("peak memory", readable_bytes(result.peak_memory_bytes)),
+        ("wall time", f"{result.wall_time_seconds:.0f} s"),
+    ]
+    console.print(results_table(rows, f"{result.method}, before -> after training"))
+    console.print(
+        f"Saved in {result.output_dir}: the weights, metrics.json, resolved.yaml", highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,1 @@
+"""Training runs: RUN.yaml, data, the run itself and what it reports."""

@@ -1,0 +1,135 @@
+"""RUN.yaml as dataclasses: five sections, every key with a default, the text under a field is its help.
+
+Importing this file imports no torch, so a mistake in RUN.yaml is reported in a fraction of a second.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Task = Literal["text-classification", "causal-lm"]
+Method = Literal["lora", "moslora", "dora", "full", "probe"]
+Number = int | float
+
+# What differs from the defaults of TrainingArguments and SFTConfig; anything here can be set in RUN.yaml again.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "warmup_steps": 0.06,  # of all steps
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 10,
+    "report_to": "none",
+    "seed": 42,
+    "bf16": False,  # SFTConfig's default is True, also on a CPU
+}
+
+
+@dataclass
+class ModelSection:
+    name: str = "builtin:minilm"
+    """Hub id, local directory, or `builtin:minilm`: the 22M-parameter encoder of the extra `quickstart`."""
+    task: Task = "text-classification"
+    """`text-classification` (Trainer; accuracy, macro-F1) or `causal-lm` (TRL SFTTrainer; loss, perplexity)."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Precision of the frozen base weights; adapters are float32 in any case. `auto`: as the checkpoint stores them."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Load the base in 4 bits (NF4, nested) or 8 bits with bitsandbytes, of the extra `quant`."""
+
+
+@dataclass
+class DataSection:
+    path: str = "stdlib-docstrings"
+    """Local .jsonl, .json, .csv or .parquet file, hub data set, or the built-in `stdlib-docstrings`."""
+    test_path: str | None = None
+    """File with the test set. Default: the data set's own test or validation split, else `test_fraction` of `path`."""
+    subset: str | None = None
+    """Configuration of a hub data set, where it has several."""
+    test_fraction: Number = 0.1
+    """Share of `path` that becomes the test set where there is no other; chosen by a hash of the row, so stable."""
+    text_column: str | None = None
+    """Column with the text. Default: `text`, or the only column of strings apart from the label."""
+    label_column: str | None = None
+    """Column with the label, integers or strings. Default: `label` or `labels`."""
+    max_train: int | None = None
+    """Use at most this many training rows, chosen by hash."""
+    max_test: int | None = None
+    """Use at most this many test rows, chosen by hash."""
+    max_length: int = 256
+    """Tokens after which a text is cut."""
+
+
+@dataclass
+class MethodSection:
+    name: Method = "lora"
+    """`lora`, `moslora`, `dora`; or `full` (train every weight) and `probe` (train the classification head alone)."""
+    r: int = 16
+    """Rank of every adapter."""
+    lora_alpha: Number = 32
+    """The adapters' product is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+    lora_dropout: Number = 0.0
+    """Dropout on the adapters' input while training; 0.05 to 0.1 helps on a few thousand rows."""
+    target_modules: str | list[str] | None = "all-linear"
+    """Names of the modules to adapt, a regular expression, or `all-linear`."""
+    exclude_modules: str | list[str] | None = None
+    """Names, or a regular expression, of modules to leave out."""
+    layers_to_transform: int | list[int] | None = None
+    """Adapt only the layers with these numbers."""
+    layers_pattern: str | list[str] | None = None
+    """Name of the list of layers in the model, where it is not a usual one."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from r: module name or regular expression to rank."""
+    alpha_pattern: dict[str, Number] = field(default_factory=dict)
+    """Alphas that differ from lora_alpha: module name or regular expression to alpha."""
+    modules_to_save: list[str] | None = None
+    """Further modules to train in full and to save; a classification head always is one."""
+    bias: Literal["none", "all", "loom_only"] = "none"
+    """Which biases train."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r); for ranks of 64 and more."""
+    use_dora: bool | None = None
+    """Train magnitude and direction apart (DoRA). Default: what `name` says."""
+    use_mixer: Literal["orthogonal", "kaiming", False] | None = None
+    """An r x r matrix between A and B (MoSLoRA), and how it starts. Default: what `name` says."""
+    use_gate: bool | None = None
+    """One trained scalar per adapted module (WeightLoRA's gate). Default: what `name` says."""
+    init_lora_weights: Literal["gaussian", "orthogonal", "pissa", "olora"] | bool = True
+    """How A and B start; true: A kaiming-uniform and B zero, so that training starts from the base model."""
+    fan_in_fan_out: bool = False
+    """The base stores its weights (in, out); found by itself for transformers' Conv1D."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the embedding to train."""
+    allow_unmatched: bool = False
+    """A name in target_modules or in a pattern that matches nothing is a warning, not an error."""
+
+
+@dataclass
+class OutputSection:
+    dir: str = "loraloom-run"
+    """Folder for the adapter, metrics.json, resolved.yaml and checkpoints/."""
+    overwrite: bool = False
+    """Replace a finished run in this folder; otherwise that is an error."""
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    method: MethodSection = field(default_factory=MethodSection)
+    training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING_DEFAULTS))
+    """Any key of TrainingArguments (text-classification) or SFTConfig (causal-lm)."""
+    output: OutputSection = field(default_factory=OutputSection)
+
+
+# Section -> its dataclass; `training` is the one whose keys belong to another library.
+SECTIONS: dict[str, type] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "method": MethodSection,
+    "output": OutputSection,
+}
+METHODS_WITHOUT_ADAPTER = ("full", "probe")

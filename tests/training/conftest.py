@@ -1,0 +1,73 @@
+"""Small runs on the pico models: rows on disk, and a configuration that trains on them in seconds."""
+
+import json
+import random
+
+import pytest
+
+from loraloom.training.config import (
+    TRAINING_DEFAULTS,
+    DataSection,
+    MethodSection,
+    ModelSection,
+    OutputSection,
+    RunConfig,
+)
+
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="session")
+def colour_rows(tmp_path_factory):
+    """Folder with train.jsonl (96 rows) and test.jsonl (24): short texts of very different length, labelled by the one
+    colour that each names."""
+    generator = random.Random(0)
+    folder = tmp_path_factory.mktemp("rows")
+    for name, count in (("train", 96), ("test", 24)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for i in range(count):
+                colour = COLOURS[i % 3]
+                others = generator.choices(["apple", "dog", "runs", "the", "file"], k=generator.randint(1, 12))
+                words = [*others, colour]
+                generator.shuffle(words)
+                file.write(json.dumps({"text": " ".join(words), "label": colour}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def classification(pico_bert_dir, colour_rows, tmp_path):
+    """A run of 24 steps with dropout in the model and in the adapters; texts are grouped by length."""
+    return RunConfig(
+        model=ModelSection(name=str(pico_bert_dir)),
+        data=DataSection(path=str(colour_rows / "train.jsonl"), test_path=str(colour_rows / "test.jsonl")),
+        method=MethodSection(name="lora", r=4, lora_alpha=8, lora_dropout=0.1),
+        training={
+            **TRAINING_DEFAULTS,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 5e-3,
+            "train_sampling_strategy": "group_by_length",
+            "use_cpu": True,
+        },
+        output=OutputSection(dir=str(tmp_path / "run")),
+    )
+
+
+@pytest.fixture
+def causal(pico_llama_dir, colour_rows, tmp_path):
+    """The same rows as language modelling, with TRL's SFTTrainer."""
+    return RunConfig(
+        model=ModelSection(name=str(pico_llama_dir), task="causal-lm"),
+        data=DataSection(
+            path=str(colour_rows / "train.jsonl"), test_path=str(colour_rows / "test.jsonl"), max_length=32
+        ),
+        method=MethodSection(name="lora", r=4, lora_alpha=8, lora_dropout=0.1),
+        training={
+            **TRAINING_DEFAULTS,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 5e-3,
+            "use_cpu": True,
+        },
+        output=OutputSection(dir=str(tmp_path / "run")),
+    )
