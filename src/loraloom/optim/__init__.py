@@ -1,6 +1,9 @@
 """Optimizers for adapters: WeightAdam, its constraint sets, and the parameter groups that every optimizer takes."""
 
+from .build import OPTIMIZERS, build_optimizer, check_optimizer_options, trainer_optimizer
+from .param_groups import build_param_groups, format_param_groups, remove_parameters
 from .projections import (
+    Constraint,
     KSparse,
     Simplex,
     SimplexKSparse,
@@ -8,12 +11,22 @@ from .projections import (
     project_simplex,
     project_simplex_k_sparse,
 )
+from .weight_adam import WeightAdam
 
 __all__ = [
+    "OPTIMIZERS",
+    "Constraint",
     "KSparse",
     "Simplex",
     "SimplexKSparse",
+    "WeightAdam",
+    "build_optimizer",
+    "build_param_groups",
+    "check_optimizer_options",
+    "format_param_groups",
     "project_k_sparse",
     "project_simplex",
     "project_simplex_k_sparse",
+    "remove_parameters",
+    "trainer_optimizer",
 ]
