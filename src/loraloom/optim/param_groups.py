@@ -33,7 +33,6 @@ _GROUP_OF_PART = {
     "lora_embedding_B": "lora_B",
     "loom_gate_lora_magnitude_vector": "gates",
     "loom_logits": "logits",
-    "loom_lora_magnitude_vector": "no_decay",
     "lora_magnitude_vector": "no_decay",
     "modules_to_save": "heads",
 }
