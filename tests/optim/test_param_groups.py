@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraloom.optim import build_param_groups, format_param_groups, remove_parameters
+from loraloom.optim import build_param_groups, format_param_groups
 
 from .support import Vector, gated_model
 
@@ -147,27 +147,3 @@ def test_the_table_names_every_group_and_adds_up() -> None:
     ]
     # Groups as torch makes them have no names.
     assert "group 0" in format_param_groups(torch.optim.SGD(model.parameters(), lr=0.1).param_groups)
-
-
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
-def test_parameters_are_removed_from_any_optimizer(cls) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    optimizer = cls([{"params": list(module.named_parameters())} for module in model], lr=0.1)
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    remove_parameters(optimizer, [model[0].weight, *model[1].parameters()])
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
-    assert [group["param_names"] for group in optimizer.param_groups] == [["bias"], []]
-    assert model[0].weight.grad is None
-    before = model[0].weight.clone()
-    optimizer.step()
-    assert torch.equal(model[0].weight, before)
-    assert set(optimizer.state) <= {model[0].bias}
-
-
-def test_removing_what_is_not_held_changes_nothing() -> None:
-    model = nn.Linear(3, 3)
-    optimizer = torch.optim.AdamW([model.weight])
-    with pytest.raises(ValueError, match="1 of 2 parameters are not in the optimizer"):
-        remove_parameters(optimizer, [model.weight, model.bias])
-    assert optimizer.param_groups[0]["params"] == [model.weight]

@@ -1,8 +1,8 @@
 """Optimizers for adapters: WeightAdam, its constraint sets, and the parameter groups that every optimizer takes."""
 
-from .build import OPTIMIZERS, build_optimizer, check_optimizer_options, trainer_optimizer
-from .param_groups import build_param_groups, format_param_groups, remove_parameters
-from .projections import (
+from loraloom.optim.build import OPTIMIZERS, build_optimizer, check_optimizer_options, trainer_optimizer
+from loraloom.optim.param_groups import build_param_groups, format_param_groups
+from loraloom.optim.projections import (
     Constraint,
     KSparse,
     Simplex,
@@ -11,7 +11,8 @@ from .projections import (
     project_simplex,
     project_simplex_k_sparse,
 )
-from .weight_adam import WeightAdam
+from loraloom.optim.surgery import remove_parameters, replace_parameter
+from loraloom.optim.weight_adam import WeightAdam
 
 __all__ = [
     "OPTIMIZERS",
@@ -28,5 +29,6 @@ __all__ = [
     "project_simplex",
     "project_simplex_k_sparse",
     "remove_parameters",
+    "replace_parameter",
     "trainer_optimizer",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .param_groups import build_param_groups
+from loraloom.optim.param_groups import build_param_groups
 
 
 @dataclass(frozen=True)

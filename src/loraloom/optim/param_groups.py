@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 # The first part of the dotted name that is listed here decides; PEFT's names and ours.
 _GROUP_OF_PART = {
@@ -100,32 +99,6 @@ def build_param_groups(
             group["lr"] = rate
         groups.append(group)
     return groups
-
-
-def remove_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Take parameters out of an optimizer and free their gradients and their state.
-
-    They never move again, neither by momentum nor by weight decay. A group left empty stays, because schedulers and
-    checkpoints count groups.
-
-    Args:
-        optimizer: any torch optimizer, also wrapped by accelerate.
-        parameters: parameters that it holds.
-
-    Raises:
-        ValueError: some of them are not in the optimizer; nothing is removed then.
-    """
-    gone = {id(p): p for p in parameters}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if missing := gone.keys() - held:
-        raise ValueError(f"{len(missing)} of {len(gone)} parameters are not in the optimizer; pass those that it holds")
-    for group in optimizer.param_groups:
-        kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
-        for key in group.keys() & {"params", "param_names"}:
-            group[key] = [group[key][i] for i in kept]
-    for p in gone.values():
-        optimizer.state.pop(p, None)
-        p.grad = None
 
 
 def format_param_groups(groups: Iterable[dict[str, Any]]) -> str:

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .param_groups import build_param_groups
-from .projections import Constraint
+from loraloom.optim.param_groups import build_param_groups
+from loraloom.optim.projections import Constraint
 
 # The reference's rate for encoders (8.0 for Llama-2-7b); Adam's steps have the rate's own size.
 DEFAULT_GATE_LR = {"sgd": 5.0, "adam": 5e-2}
