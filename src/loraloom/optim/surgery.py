@@ -6,11 +6,11 @@ schedulers and checkpoints count them.
 
 from collections.abc import Callable, Iterable
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 
-def remove_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+def remove_parameters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Take parameters out of an optimizer and free their gradients and their state.
 
     They never move again, neither by momentum nor by weight decay. A group left empty stays.
@@ -35,9 +35,7 @@ def remove_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) 
         p.grad = None
 
 
-def replace_parameter(
-    optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, carry: Callable[[Tensor], Tensor]
-) -> None:
+def replace_parameter(optimizer: Optimizer, old: Tensor, new: Tensor, carry: Callable[[Tensor], Tensor]) -> None:
     """Put a parameter in the place of another, with the state carried over, and free the gradient of the old one.
 
     Args:
