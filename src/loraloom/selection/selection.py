@@ -227,7 +227,7 @@ class AdapterSelection:
         self._layers = adapted_layers(self.model, self.adapter)
 
     def _expand(self, ranks: dict[str, int]) -> None:
-        conditions = expand_ranks(self.model, self.adapter, ranks, self.optimizer, self.seed + self.step)
+        conditions = expand_ranks(self.model, self.adapter, ranks, self.optimizer, self.seed)
         self.events.append({"step": self.step, "event": "expand", "ranks": ranks, "condition_numbers": conditions})
 
     def _ranks_within(self, budget: int) -> dict[str, int]:
