@@ -1,0 +1,34 @@
+"""Optimizers for adapters: WeightAdam, its constraint sets, and the parameter groups that every optimizer takes."""
+
+from loraloom.optim.build import OPTIMIZERS, build_optimizer, check_optimizer_options, trainer_optimizer
+from loraloom.optim.param_groups import build_param_groups, format_param_groups
+from loraloom.optim.projections import (
+    Constraint,
+    KSparse,
+    Simplex,
+    SimplexKSparse,
+    project_k_sparse,
+    project_simplex,
+    project_simplex_k_sparse,
+)
+from loraloom.optim.surgery import remove_parameters, replace_parameter
+from loraloom.optim.weight_adam import WeightAdam
+
+__all__ = [
+    "OPTIMIZERS",
+    "Constraint",
+    "KSparse",
+    "Simplex",
+    "SimplexKSparse",
+    "WeightAdam",
+    "build_optimizer",
+    "build_param_groups",
+    "check_optimizer_options",
+    "format_param_groups",
+    "project_k_sparse",
+    "project_simplex",
+    "project_simplex_k_sparse",
+    "remove_parameters",
+    "replace_parameter",
+    "trainer_optimizer",
+]

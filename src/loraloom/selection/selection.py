@@ -1,0 +1,312 @@
+"""``AdapterSelection``: WeightLoRA over time. It finds the adapters that matter, and frees the rest.
+
+See `loraloom.selection.phases` for the schedule. While selecting, an adapter whose gate was projected to zero does not
+train: its A, B and mixer have no gradient, so neither momentum nor weight decay moves them. Its gate still has one, and
+the adapter may come back.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from loraloom.optim import Constraint, KSparse, WeightAdam
+from loraloom.selection.phases import FillBudget, HalveAndDouble, Phase, Phases, is_fraction, resolve_phases
+from loraloom.selection.rewire import (
+    adapted_layers,
+    count_parameters,
+    disconnect,
+    expand_ranks,
+    factors,
+    fold_gates,
+    gate,
+    largest_rank,
+)
+
+FILE_NAME = "selection.json"
+
+
+class AdapterSelection:
+    """Runs the phases of WeightLoRA on a model and its optimizer, once per optimizer step.
+
+    It hooks itself onto ``optimizer.step()``, so that a plain training loop needs no further call; for transformers'
+    Trainer add a `SelectionCallback`. Pass the Trainer the same optimizer: ``optimizers=(optimizer, None)``.
+
+    Args:
+        model: a PEFT model whose active adapter has gates (``LoomConfig.weightlora``).
+        optimizer: a `WeightAdam` over the model. Its constraint is set here, step by step.
+        keep: how many adapters to keep; a fraction of them (a float below 1); or a constraint set, such as
+            ``Simplex()``, after whose last projection the adapters with gate zero go.
+        warmup_steps: optimizer steps before the first selection; a float below 1 is a fraction of the run.
+        select_every: steps between two projections of the gates while selecting. 1 is the reference.
+        select_until: the step after which what is not selected is disconnected; likewise a fraction if below 1.
+        reentry: whether an adapter may come back while selecting. If not, it is disconnected when first dropped.
+        expand: WeightLoRA+, see `HalveAndDouble` and `FillBudget`.
+        total_steps: length of the run, for fractions. A `SelectionCallback` passes the Trainer's.
+        seed: of the directions that expansion adds.
+
+    Raises:
+        ValueError: an argument is out of range; or the model, its adapter or the optimizer is not of the kind above.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        optimizer: WeightAdam,
+        keep: int | float | Constraint,
+        *,
+        warmup_steps: int | float = 0.05,
+        select_every: int = 1,
+        select_until: int | float = 0.3,
+        reentry: bool = True,
+        expand: HalveAndDouble | FillBudget | None = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.adapter = _gated_adapter(model, optimizer)
+        self._layers = adapted_layers(model, self.adapter)
+        self.modules = list(self._layers)
+        self.constraint = _constraint(keep, len(self.modules))
+        self.reentry, self.expand, self.seed = reentry, expand, seed
+        self._check_expansion()
+        self.step = 0
+        self.frozen: set[str] = set()
+        self.history: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.phases: Phases | None = None
+        self._schedule = (warmup_steps, select_every, select_until, expand)
+        if total_steps is not None or not (is_fraction(warmup_steps) or is_fraction(select_until)):
+            self.start(total_steps)
+        optimizer.constraint = None
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        optimizer.register_step_post_hook(lambda *_: self._after_step())
+
+    def start(self, total_steps: int | None) -> None:
+        """Fix the schedule, now that the length of the run is known.
+
+        Raises:
+            ValueError: the schedule does not fit, or the gates are sharded.
+        """
+        if any(isinstance(g, DTensor) for g in self._gates().values()):
+            raise ValueError("the gates are sharded (FSDP), but disconnecting needs whole adapters: train with DDP")
+        self.phases = resolve_phases(*self._schedule, total_steps)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step."""
+        return self._resolved().phase(self.step + 1)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The layers that still have their adapter, and its rank."""
+        return {name: layer.r[self.adapter] for name, layer in self._layers.items()}
+
+    def gates(self) -> dict[str, float]:
+        """The gates of the layers that have one; a folded gate is gone. One transfer from the device."""
+        gates = self._gates()
+        if not gates:
+            return {}
+        device = next(iter(gates.values())).device
+        values = torch.cat([g.detach().to(device) for g in gates.values()]).tolist()
+        return dict(zip(gates, values, strict=True))
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs besides the model's and the optimizer's own state; plain JSON."""
+        return {
+            "format_version": 1,
+            "adapter": self.adapter,
+            "step": self.step,
+            "modules": self.modules,
+            "kept": self.kept,
+            "gates_folded": not self._gates(),
+            "frozen": sorted(self.frozen),
+            "history": self.history,
+            "events": self.events,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring a fresh model and optimizer into the shape that they had when the state was saved.
+
+        Call it on a selection made as in the first run, then load the weights and the optimizer's state, which now fit.
+
+        Raises:
+            ValueError: the state is of another model, or this selection has already begun.
+        """
+        if state["modules"] != self.modules or self.step:
+            raise ValueError(
+                f"this selection of {len(self.modules)} adapters is at step {self.step}; the state is of "
+                f"{len(state['modules'])} adapters: build model, optimizer and selection as for a new run, then load it"
+            )
+        kept: dict[str, int] = state["kept"]
+        self._disconnect({name for name in self.modules if name not in kept})
+        ranks = {name: r for name, r in kept.items() if r != self.kept[name]}
+        expand_ranks(self.model, self.adapter, ranks, self.optimizer, self.seed)
+        if state["gates_folded"]:
+            fold_gates(self.model, self.adapter, self.optimizer)
+        self.step, self.history, self.events = state["step"], list(state["history"]), list(state["events"])
+        self.freeze(set(state["frozen"]))
+
+    def save(self, directory: str | Path) -> None:
+        """Write `state_dict` to ``selection.json`` in a directory."""
+        (Path(directory) / FILE_NAME).write_text(json.dumps(self.state_dict()) + "\n")
+
+    def restore(self, directory: str | Path) -> None:
+        """`load_state_dict` from ``selection.json`` in a checkpoint. With the Trainer: before ``trainer.train``."""
+        self.load_state_dict(json.loads((Path(directory) / FILE_NAME).read_text()))
+
+    # The steps
+
+    def freeze(self, names: set[str]) -> None:
+        """Stop the training of these layers' A, B and mixers, and of no others'."""
+        self.frozen = names
+        for name, layer in self._layers.items():
+            for parameter in factors(layer, self.adapter):
+                parameter.requires_grad_(name not in names)
+                if name in names:
+                    parameter.grad = None
+
+    def _before_step(self) -> None:
+        self.optimizer.constraint = self.constraint if self._resolved().selects(self.step + 1) else None
+
+    def _after_step(self) -> None:
+        phases = self._resolved()
+        self.step += 1
+        if self.step > phases.fixed_from:
+            return
+        if phases.selects(self.step):
+            self._select()
+        elif phases.halves(self.step):
+            self._halve()
+        elif self.step % phases.select_every == 0:
+            self._record()
+        if self.step == phases.fixed_from:
+            if isinstance(self.expand, FillBudget):
+                self._expand(self._ranks_within(self.expand.parameters))
+            fold_gates(self.model, self.adapter, self.optimizer)
+
+    def _select(self) -> None:
+        gates = self._record()
+        dropped = {name for name, g in gates.items() if g == 0}
+        if self.step == self._resolved().select_until:
+            if not any(group.get("started") for group in self.optimizer.param_groups):
+                raise RuntimeError(
+                    f"no gate has had a gradient in {self.step} steps, so nothing can be selected: raise select_until "
+                    "beyond the first steps of the learning rate's own warm-up"
+                )
+            self._drop(dropped)
+        elif self.reentry:
+            self.freeze(dropped)
+        else:
+            self._drop(dropped)
+
+    def _halve(self) -> None:
+        gates = self._record()
+        by = self.constraint.by if isinstance(self.constraint, KSparse) else "signed"
+        half = KSparse(max(1, len(gates) // 2), by).project(torch.tensor(list(gates.values())))
+        self._drop({name for name, g in zip(gates, half.tolist(), strict=True) if g == 0})
+        self._expand({name: 2 * r for name, r in self.kept.items()})
+
+    def _drop(self, names: set[str]) -> None:
+        if len(names) == len(self._layers):
+            raise RuntimeError(f"after step {self.step} every gate is zero, so no adapter is left: lower gate_lr")
+        self.freeze(set())
+        if names:
+            self._disconnect(names)
+            self.events.append({"step": self.step, "event": "disconnect", "modules": sorted(names)})
+
+    def _disconnect(self, names: set[str]) -> None:
+        disconnect(self.model, self.adapter, names, self.optimizer)
+        self._layers = adapted_layers(self.model, self.adapter)
+
+    def _expand(self, ranks: dict[str, int]) -> None:
+        conditions = expand_ranks(self.model, self.adapter, ranks, self.optimizer, self.seed)
+        self.events.append({"step": self.step, "event": "expand", "ranks": ranks, "condition_numbers": conditions})
+
+    def _ranks_within(self, budget: int) -> dict[str, int]:
+        """The largest common rank whose parameters fit; layers that are above it, or can't reach it, keep their own."""
+
+        def ranks(common: int) -> dict[str, int]:
+            return {
+                n: max(layer.r[self.adapter], min(common, largest_rank(layer, self.adapter)))
+                for n, layer in self._layers.items()
+            }
+
+        def cost(common: int) -> int:
+            return sum(count_parameters(self._layers[n], self.adapter, r) for n, r in ranks(common).items())
+
+        best, limit = 0, max(largest_rank(layer, self.adapter) for layer in self._layers.values())
+        while best < limit and cost(best + 1) <= budget:
+            best += 1
+        return {name: r for name, r in ranks(best).items() if r != self.kept[name]}
+
+    def _check_expansion(self) -> None:
+        if self.expand is not None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(f"expand={self.expand} replaces parameters, which DDP does not follow: use one process")
+        if isinstance(self.expand, HalveAndDouble):
+            for name, layer in self._layers.items():
+                r = layer.r[self.adapter] * 2**self.expand.times
+                if r > largest_rank(layer, self.adapter):
+                    raise ValueError(
+                        f"expand={self.expand} raises the rank of {name} to {r}, which can be at most "
+                        f"{largest_rank(layer, self.adapter)}: lower r or times"
+                    )
+
+    def _record(self) -> dict[str, float]:
+        gates = self.gates()
+        self.history.append({"step": self.step, "gates": [gates.get(name) for name in self.modules]})
+        return gates
+
+    def _gates(self) -> dict[str, Tensor]:
+        gates = {name: gate(layer, self.adapter) for name, layer in self._layers.items()}
+        return {name: g for name, g in gates.items() if g is not None}
+
+    def _resolved(self) -> Phases:
+        if self.phases is None:
+            raise ValueError(
+                "the schedule has fractions of a run of unknown length: pass total_steps, or add a SelectionCallback"
+            )
+        return self.phases
+
+
+def _gated_adapter(model: PeftModel, optimizer: WeightAdam) -> str:
+    """The name of the model's active adapter, which has gates that the optimizer holds, and nothing against it."""
+    if not isinstance(optimizer, WeightAdam):
+        raise ValueError(f"the optimizer is a {type(optimizer).__name__}; selection needs loraloom.optim.WeightAdam")
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"the active adapters are {model.active_adapters}; selection works on exactly one")
+    adapter = model.active_adapters[0]
+    layers = adapted_layers(model, adapter)
+    gates = [gate(layer, adapter) for layer in layers.values()]
+    if not gates or any(g is None for g in gates):
+        raise ValueError(f"adapter {adapter!r} has no gates; make it with LoomConfig.weightlora(...)")
+    if any(adapter in layer.loom_lora_magnitude_vector for layer in layers.values()):
+        raise ValueError(
+            f"adapter {adapter!r} uses DoRA, whose magnitude still rescales the weight when the gate is zero, so that "
+            "disconnecting would change the model: set use_dora=False"
+        )
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(f"adapter {adapter!r} is merged: call unmerge_adapter() first")
+    held = {id(p) for group in optimizer.param_groups if group["is_gate"] for p in group["params"]}
+    if held != {id(g) for g in gates}:
+        raise ValueError(
+            f"the optimizer holds {len(held)} gates, adapter {adapter!r} has {len(gates)}, and they must be the same: "
+            "build the optimizer from this model with only this adapter trainable"
+        )
+    return adapter
+
+
+def _constraint(keep: int | float | Constraint, count: int) -> Constraint:
+    if not isinstance(keep, int | float):
+        return keep
+    k = max(1, round(keep * count)) if is_fraction(keep) else keep
+    if not (isinstance(k, int) and 1 <= k <= count):
+        raise ValueError(f"keep={keep} is out of range: pass 1 to {count} adapters, or a fraction of them below 1")
+    return KSparse(k)
