@@ -1,6 +1,7 @@
 """RUN.yaml: every key has a default, the round trip is exact, and a mistake is one line that names the fix."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,14 @@ def test_method_has_the_keys_of_loom_config():
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
     ours = {f.name for f in dataclasses.fields(LoomConfig)} - inherited - {"loom_format_version", "target_parameters"}
     assert {f.name for f in dataclasses.fields(MethodSection)} - {"name"} == ours
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_examples_are_valid(path):
+    from trl import SFTConfig
+
+    config = load_config(path)
+    assert config.training.keys() <= {f.name for f in dataclasses.fields(SFTConfig)}
 
 
 def test_training_keeps_its_defaults_beside_other_keys(tmp_path):

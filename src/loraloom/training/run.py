@@ -141,7 +141,7 @@ def build_trainer(
     data: RunData,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """The trainer of the run's task; an `optimizer_cls_and_kwargs` for both would be passed here.
+    """The trainer of the run's task.
 
     Raises:
         InputError: `training` has a key that the task's arguments do not have, or a value that they refuse; or the
@@ -164,27 +164,24 @@ def build_trainer(
         arguments = arguments_class(**{**defaults, **config.training, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
+    # What both trainers take; an optimizer of our own goes here, as `optimizer_cls_and_kwargs`.
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+    }
     if causal:
         if "messages" in data.train.column_names and tokenizer.chat_template is None:
             raise InputError(f"data.path {config.data.path!r} holds chats, and the tokenizer has no chat template")
-        trainer: Trainer = CausalTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=data.train,
-            eval_dataset=data.test,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        trainer: Trainer = CausalTrainer(train_dataset=data.train, eval_dataset=data.test, **common)
     else:
         trainer = ExactResumeTrainer(
-            model=model,
-            args=arguments,
             train_dataset=tokenize(data.train, tokenizer, config.data.max_length),
             eval_dataset=tokenize(data.test, tokenizer, config.data.max_length),
-            processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=classification_metrics(len(data.label_names)),
-            callbacks=callbacks,
+            **common,
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
