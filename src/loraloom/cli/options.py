@@ -23,7 +23,8 @@ class Output:
     """Print the result as JSON on stdout, and everything else on stderr."""
 
     def console(self) -> Console:
-        return Console(stderr=self.json, quiet=self.quiet)
+        """Where the verb draws; of several processes that torchrun started, only the first one talks."""
+        return Console(stderr=self.json, quiet=self.quiet or os.environ.get("RANK", "0") != "0")
 
 
 def parse(verb: str, command: type, arguments: Sequence[str]) -> Any:

@@ -1,0 +1,66 @@
+"""`loraloom quickstart`, with a pico model and few rows in place of its own; the real one takes minutes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from loraloom.cli import quickstart
+from loraloom.cli.main import main
+from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection
+from loraloom.training.evaluate import evaluate_saved
+from loraloom.training.loading import dump_config, load_config
+
+
+@pytest.fixture
+def small(pico_bert_dir, tmp_path, monkeypatch):
+    """The quickstart's own configuration on a pico model and 40 rows, its reload in this process."""
+    rows = [{"text": f"{c} {w} {i}", "label": c} for i, c in enumerate(("red", "blue") * 10) for w in ("dog", "cat")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = quickstart.quickstart_config(str(tmp_path / "run"))
+    config = dataclasses.replace(
+        own,
+        model=ModelSection(name=str(pico_bert_dir)),
+        data=DataSection(path=str(path), test_path=str(path)),
+        method=MethodSection(name="moslora", r=4),
+        training={**own.training, "num_train_epochs": 2, "use_cpu": True},
+        output=OutputSection(dir=str(tmp_path / "run")),
+    )
+    monkeypatch.setattr(quickstart, "quickstart_config", lambda folder: config)
+    monkeypatch.setattr(quickstart, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(quickstart, "evaluate_in_fresh_process", lambda folder: evaluate_saved(Path(folder)))
+    return tmp_path / "run"
+
+
+def test_numbers_and_next_steps(small, capsys):
+    assert main(["quickstart", "--json", "--folder", str(small)]) == 0
+    out, err = capsys.readouterr()
+    numbers = json.loads(out)
+    assert numbers["majority"] == 0.5
+    assert 0 <= numbers["probe"] <= 1
+    assert numbers["reloaded"] == numbers["fine_tuned"] == evaluate_saved(small)["accuracy"]
+    for part in ("linear probe, frozen encoder", "adapter_model.safetensors", f"loraloom evaluate {small}"):
+        assert part in err
+    assert (small / "adapter_model.safetensors").is_file()
+
+
+def test_a_reload_with_another_result_fails(small, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "evaluate_in_fresh_process", lambda folder: {"accuracy": -1.0})
+    assert main(["quickstart", "--quiet", "--folder", str(small)]) == 1
+    assert "the reloaded adapter has accuracy -1.0000" in capsys.readouterr().err
+
+
+def test_its_configuration_is_one_that_train_takes(tmp_path):
+    config = quickstart.quickstart_config("quickstart-run")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert config.training.keys() <= {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
+def test_only_its_own_folder_is_replaced():
+    assert quickstart.quickstart_config(quickstart.FOLDER).output.overwrite
+    assert not quickstart.quickstart_config("elsewhere").output.overwrite
