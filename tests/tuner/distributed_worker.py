@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loraloom import LoomConfig
 from tests.tuner.support import ALL_PARTS, Pair, randomise
 
+MODES = ("ddp", "fsdp2")
 WORLD, STEPS, BATCH = 2, 4, 8
 
 
@@ -44,8 +45,8 @@ def train(model: torch.nn.Module, rank: int = 0, world: int = 1) -> None:
         adam.zero_grad()
 
 
-def main(mode: str, rank: int, directory: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
+def train_in_mode(mode: str, rank: int) -> dict[str, torch.Tensor]:
+    """Every parameter after training, unsharded."""
     model = build()
     if mode == "ddp":
         train(DistributedDataParallel(model), rank, WORLD)
@@ -56,11 +57,18 @@ def main(mode: str, rank: int, directory: Path) -> None:
         fully_shard(model, mesh=mesh)
         train(model, rank, WORLD)
     state = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
-    if rank == 0:
-        save_file({n: p.detach().contiguous() for n, p in state.items()}, directory / "trained.safetensors")
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def main(rank: int, directory: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
+    for mode in MODES:
+        state = train_in_mode(mode, rank)
+        if rank == 0:
+            save_file(state, directory / f"{mode}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -48,6 +48,19 @@ def test_compile_fullgraph_on_other_layers(kind):
     assert_same(gradients(model, compiled, x), gradients(model, model, x), factor=3)
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["fp32 base", "bf16 base"])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=["fp32 factors", "bf16 factors"])
+def test_compile_with_mixed_dtypes(base, factors):
+    torch.compiler.reset()
+    model, x = adapted(ALL_PARTS, "linear", base).train(), make_input("linear", base)
+    for name, parameter in model.named_parameters():
+        if ".loom_" in name and "magnitude_vector" not in name:
+            parameter.data = parameter.data.to(factors)
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")
+    lowest = torch.float32 if base == factors == torch.float32 else torch.bfloat16
+    assert_same(gradients(model, compiled, x), gradients(model, model, x), dtype=lowest, factor=2)
+
+
 def test_a_compiled_model_sees_an_optimizer_step():
     """A norm baked into the graph as a constant would be stale after the first step."""
     torch.compiler.reset()

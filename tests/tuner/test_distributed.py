@@ -13,11 +13,13 @@ from tests.tuner import distributed_worker as worker
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(mode, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory in which two processes have left what they trained, a file for each mode."""
+    directory = tmp_path_factory.mktemp("two_processes")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", worker.__name__, mode, str(rank), str(tmp_path)],
+            [sys.executable, "-m", worker.__name__, str(rank), str(directory)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -26,17 +28,21 @@ def test_two_processes_equal_one(mode, tmp_path):
         for rank in range(worker.WORLD)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return directory
 
+
+@pytest.mark.parametrize("mode", worker.MODES)
+def test_two_processes_equal_one(mode, trained):
     model = worker.build()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     worker.train(model)
-    trained = load_file(tmp_path / "trained.safetensors")
-    assert trained.keys() == before.keys()
+    state = load_file(trained / f"{mode}.safetensors")
+    assert state.keys() == before.keys()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-4, atol=1e-5)
-        assert torch.equal(trained[name], before[name]) != parameter.requires_grad
+        torch.testing.assert_close(state[name], parameter.detach(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(state[name], before[name]) != parameter.requires_grad

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
+from loraloom import LoomConfig
 from tests.tuner.support import (
     ALL_PARTS,
     ALPHA,
@@ -161,11 +162,21 @@ def test_gates_and_magnitudes_are_float32_and_every_part_trains(parts):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+@every_combination
+def test_factors_in_bf16_on_a_bf16_base_forward_and_train(parts, kind):
+    config = LoomConfig(r=R, lora_alpha=ALPHA, target_modules=["target"], **parts)
+    model = get_peft_model(make_base(kind, torch.bfloat16), config, autocast_adapter_dtype=False).train()
+    randomise(model)
+    x, dense = make_input(kind, torch.bfloat16), Dense.of(kind, make_base(kind, torch.bfloat16).target)
+    output = model(x)
+    assert output.dtype == torch.bfloat16
+    assert_near(output, dense(x, dense.adapted_weight(adapter_tensors(model), parts)), factor=2)
+    output.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
 def test_without_autocast_adapter_dtype_the_factors_follow_the_base_but_gate_and_magnitude_do_not():
-    from peft import get_peft_model
-
-    from loraloom import LoomConfig
-
     config = LoomConfig(target_modules=["target"], **ALL_PARTS)
     model = get_peft_model(make_base("linear", torch.bfloat16), config, autocast_adapter_dtype=False)
     dtypes = {n.split(".loom_")[1].split(".")[0]: p.dtype for n, p in model.named_parameters() if ".loom_" in n}

@@ -54,7 +54,8 @@ class LoomEmbedding(LoomLayer):
                 h = F.embedding(x, term.A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
                 if term.M is not None:
                     h = F.linear(h, term.M)
-                z = z + F.linear(h * scale(term), term.B.to(h.dtype)) * multiplier
+                h = (h * scale(term)).to(term.B.dtype)  # a gate is float32 whatever the factors are
+                z = z + F.linear(h, term.B) * multiplier
             magnitude = self.magnitude(name)
             if magnitude is not None:
                 z = rescale(z, magnitude / self.row_norm(name), None)

@@ -166,7 +166,7 @@ def _composed(
     if term.M is not None:
         h = F.linear(h, term.M)
     if term.gate is not None:
-        h = h * scale(term)
+        h = (h * scale(term)).to(h.dtype)  # a gate is float32 whatever the factors are
     alpha = 1.0 if term.gate is not None else term.scaling
     if z.dtype is not h.dtype or h.dtype is not term.B.dtype:  # only where a compiler fuses it
         z = z + F.linear(h, term.B.to(h.dtype)) * alpha
