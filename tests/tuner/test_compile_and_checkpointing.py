@@ -118,3 +118,20 @@ def test_gradients_flow_to_layers_below_an_adapter():
     randomise(model)
     model(torch.randn(3, 8)).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if ".first.loom_" in n)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
+def test_the_output_can_be_changed_in_place(dora, dropout):
+    """As nn.ReLU(inplace=True) after a linear layer does."""
+    model, x = (
+        adapted({"use_dora": dora, "use_rslora": False}, "linear", lora_dropout=dropout).train(),
+        torch.randn(2, 5, 6),
+    )
+    grads = []
+    for relu in (torch.relu, torch.relu_):
+        torch.manual_seed(0)
+        model.zero_grad()
+        relu(model(x)).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

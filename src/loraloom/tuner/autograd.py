@@ -59,31 +59,29 @@ class AdaptedLinear(torch.autograd.Function):
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = autocast or A.dtype
-        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         z: Tensor
         if base_out is not None:
-            z = base_out.reshape(-1, B.shape[0])
-            z = z.clone() if bias is None or magnitude is None else z - bias.to(z.dtype)
+            z = base_out.clone() if bias is None or magnitude is None else base_out - bias.to(base_out.dtype)
         elif autocast is None:
-            z = F.linear(x2, cast(Tensor, W), bias if magnitude is None else None)
+            z = F.linear(x, cast(Tensor, W), bias if magnitude is None else None)
         else:
-            z = F.linear(x2.to(autocast), _to(W, autocast), _cast(bias if magnitude is None else None, autocast))
+            z = F.linear(x.to(autocast), _to(W, autocast), _cast(bias if magnitude is None else None, autocast))
 
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
         factors = _factors(A, B, M, gate, scaling, dtype)
         mask = _masks(seed, dropout, x.device, dtype) if dropout else None
         c = None if magnitude is None or norm is None else magnitude / norm
-        if z.dtype == dtype == x.dtype or x2.shape[0] <= _BLOCK_ROWS:
-            h, y = _add_update(z, x2, factors, mask, c, bias)
+        if z.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
+            h, y = _add_update(z, x, factors, mask, c, bias)
         else:
-            blocks = zip(z.split(_BLOCK_ROWS), x2.split(_BLOCK_ROWS), strict=True)
+            blocks = zip(z.split(_BLOCK_ROWS), x.split(_BLOCK_ROWS), strict=True)
             h, y = map(torch.cat, zip(*(_add_update(*b, factors, mask, c, bias) for b in blocks), strict=True))
 
         ctx.scaling, ctx.dropout, ctx.seed, ctx.dtype = scaling, dropout, seed, dtype
         ctx.has_base_out = base_out is not None
         dora = () if c is None else (z, bias, magnitude, norm)
-        ctx.save_for_backward(x2, h, A, B, M, gate, W, *dora)
-        return y if x2 is x else y.view(*x.shape[:-1], B.shape[0])
+        ctx.save_for_backward(x, h, A, B, M, gate, W, *dora)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -94,13 +92,12 @@ class AdaptedLinear(torch.autograd.Function):
         return _backward(ctx, grad)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ctx: Any, g: Tensor) -> tuple:
     x, h, A, B, M, gate, W, *dora = ctx.saved_tensors
     dtype = ctx.dtype
     needs_x, needs_A, needs_B, needs_M, needs_gate, _, _, needs_out, needs_W, needs_bias, needs_m, _ = (
         ctx.needs_input_grad
     )
-    g = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
     grad_bias: Any = g.sum(0, dtype=_accumulator(g.dtype)) if needs_bias else None
     grad_m: Any = None
     if dora:
@@ -133,14 +130,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
             *(None if s[0] is None else torch.stack([_up(t) for t in s]).sum(0) for s in zip(*blocks, strict=True))
         )
     return (
-        _to(dx, x.dtype).view(*grad.shape[:-1], x.shape[-1]) if needs_x else None,
+        _to(dx, x.dtype) if needs_x else None,
         _cast(sums.A, A.dtype),
         _cast(sums.B, B.dtype),
         None if sums.M is None else _to(sums.M, M.dtype),
         None if sums.sigma is None else (sums.sigma * ctx.scaling).sum_to_size(gate.shape).to(gate.dtype),
         None,
         None,
-        g.view(grad.shape) if needs_out else None,
+        g if needs_out else None,
         (g.t() @ x.to(g.dtype)).to(W.dtype) if needs_W else None,
         grad_bias,
         grad_m if needs_m else None,

@@ -136,7 +136,11 @@ def adapted_linear(
     if (uniform and not dropout) or torch.compiler.is_compiling():
         return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
     A, B, M, gate, scaling = term
-    return AdaptedLinear.apply(x, A, B, M, gate, scaling, dropout, base_out, W, bias, magnitude, norm)
+    # Flat outside the node: a view made inside could not be changed in place, as ReLU(inplace=True) does.
+    x2 = x.reshape(-1, x.shape[-1])
+    z = None if base_out is None else base_out.reshape(-1, base_out.shape[-1])
+    y = AdaptedLinear.apply(x2, A, B, M, gate, scaling, dropout, z, W, bias, magnitude, norm)
+    return y.view(*x.shape[:-1], B.shape[0])
 
 
 def _composed(

@@ -46,8 +46,10 @@ class RowNormCache:
             W = weight()
             return adapted_row_norm(W, squared_row_norm(W), *fold(terms))
 
-        base = (parameter.data_ptr(), parameter._version, parameter.dtype, parameter.shape)
-        sample = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _SAMPLES)]
+        version = 0 if parameter.is_inference() else parameter._version  # inference tensors have none
+        base = (parameter.data_ptr(), version, parameter.dtype, parameter.shape)
+        # An odd step, so that the entries do not all lie in one column.
+        sample = parameter.detach().reshape(-1)[:: parameter.numel() // _SAMPLES | 1]
         if base != self._base or not torch.equal(sample, self._sample):  # type: ignore[arg-type]
             self._base, self._sample = base, sample.clone()
             self._squared = squared_row_norm(weight())
@@ -55,7 +57,8 @@ class RowNormCache:
         parts = [part for term in terms for part in term[:4] if part is not None]
         scalings = [term.scaling for term in terms]
         if self._norm is None or scalings != self._scalings or not _equal(parts, self._parts):
-            self._norm = adapted_row_norm(weight(), self._squared, *fold(terms))  # type: ignore[arg-type]
+            with torch.inference_mode(False), torch.no_grad():  # a norm cached while generating is used in training
+                self._norm = adapted_row_norm(weight(), self._squared, *fold(terms))  # type: ignore[arg-type]
             self._parts = [part.detach().clone() for part in parts]
             self._scalings = scalings
         return self._norm
