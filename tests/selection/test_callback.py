@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
 
 from loraloom import LoomConfig
 from loraloom.selection import AdapterSelection, HalveAndDouble, SelectionCallback
@@ -93,3 +93,16 @@ def test_loading_the_best_model_at_the_end_is_refused(tmp_path) -> None:
     trainer.args.load_best_model_at_end = True
     with pytest.raises(ValueError, match="load_best_model_at_end=True may load a checkpoint with other adapters"):
         trainer.train()
+
+
+def test_what_was_dropped_stays_frozen_when_peft_switches_adapters_on_again(tmp_path) -> None:
+    trainer, selection = build(tmp_path)
+    dropped = set(selection.modules[:3])
+    selection.freeze(dropped)
+    trainer.model.set_adapter("default")
+    names = {n for n, p in trainer.model.named_parameters() if p.requires_grad and "loom_lora_A" in n}
+    assert len(names) == len(selection.modules)
+    callback = SelectionCallback(selection)
+    callback.on_train_begin(trainer.args, TrainerState(max_steps=STEPS), trainer.control)
+    names = {n for n, p in trainer.model.named_parameters() if p.requires_grad and "loom_lora_A" in n}
+    assert len(names) == len(selection.modules) - 3

@@ -37,7 +37,8 @@ class SelectionCallback(TrainerCallback):
                 f"the Trainer is at step {state.global_step}, the selection at step {self.selection.step}: call "
                 "selection.restore(checkpoint) before trainer.train(resume_from_checkpoint=checkpoint)"
             )
-        self.selection.freeze(self.selection.frozen)  # loading a checkpoint makes the whole adapter trainable
+        # With several adapters the Trainer's loading ends in set_adapter, which makes all of this one trainable.
+        self.selection.freeze(self.selection.frozen)
 
     def on_log(
         self,
