@@ -2,8 +2,8 @@
 
 On the CPU the norm is kept together with what it was computed from and compared by content, because version counters
 miss edits through ``.data``: a stale norm would be a silent wrong result. The comparison costs O(r (in + out)), the
-norm O(r in out). On an accelerator a comparison would make the host wait for the device in every layer, while the norm
-is one thin product, so there it is computed in each forward.
+norm O(r in out). On an accelerator a comparison would make the host wait for the device in every layer, so there each
+forward computes it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraloom.tuner.functional import Term, adapted_row_norm, fold, squared_row_norm
 
-_SAMPLES = 1024  # entries of the base weight that are compared besides its address and version
+_SAMPLES = 128  # entries of the base weight that are compared besides its address and version
 
 
 class RowNormCache:
