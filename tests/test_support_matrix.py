@@ -187,7 +187,7 @@ REFUSED = {
         nn.Linear(4, 2), r=3, init_lora_weights="pissa"
     ),
     "`adapter_names` in train mode": mixed_batch_in_training,
-    "second derivatives, with dropout or mixed dtypes": differentiate_twice,
+    "second derivatives, with dropout or mixed dtypes, or a magnitude on many tokens": differentiate_twice,
     "merged layers with `adapter_names`": merged_mixed_batch,
 }
 
