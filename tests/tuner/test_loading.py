@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from accelerate import cpu_offload
+from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from loraloom import LoomConfig
-from tests.tuner.support import ALL_PARTS, PART_IDS, PARTS, adapted, make_base, make_input, randomise
+from tests.tuner.support import ALL_PARTS, PART_IDS, PARTS, adapted, assert_near, make_base, make_input, randomise
 
 A_KEY = "base_model.model.target.loom_lora_A.weight"
 
@@ -207,3 +208,35 @@ def test_without_loraloom_loading_fails_loudly(saved, pico_llama_dir):
     lines = run.stdout.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("refused") and "LOOM" in line for line in lines), run.stdout
+
+
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_a_model_offloaded_by_accelerate_gives_the_same_output_and_merges(init):
+    parts = {"use_mixer": "orthogonal", "use_gate": True, "use_rslora": False, "init_lora_weights": init}
+    model, x = adapted(parts, "linear"), make_input("linear")
+    with torch.no_grad():
+        expected = model(x)
+        cpu_offload(model, execution_device="cpu")
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert torch.equal(model(x), expected)
+        model.merge_adapter()
+        assert_near(model(x), expected)
+        model.unmerge_adapter()
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT's LoRA says so of every Conv1D
+def test_peft_turns_an_adapter_of_full_rank_into_the_same_lora(kind):
+    model, x = adapted(ALL_PARTS, kind), make_input(kind)
+    config, state = convert_to_lora(model, rank=6)
+    lora = get_peft_model(make_base(kind), config).eval()
+    set_peft_model_state_dict(lora, state)
+    with torch.no_grad():
+        assert_near(lora(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv2d"])
+def test_peft_refuses_to_convert_what_its_lora_could_not_load(kind):
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(adapted(ALL_PARTS, kind), rank=2)

@@ -31,6 +31,10 @@ class Factor(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=trainable)
 
+    def forward(self) -> Tensor:
+        """The tensor; where accelerate has offloaded it, calling the module brings it in."""
+        return self.weight
+
     def extra_repr(self) -> str:
         return "x".join(map(str, self.weight.shape))
 
@@ -139,13 +143,15 @@ class LoomLayer(nn.Module, BaseTunerLayer):
 
     def factor(self, attribute: str, adapter_name: str) -> Tensor:
         """One of the adapter's tensors, as it is stored."""
-        return self._modules[attribute][adapter_name].weight  # type: ignore[index]
+        factor: Any = self.optional_factor(attribute, adapter_name)
+        return factor
 
     def optional_factor(self, attribute: str, adapter_name: str) -> Tensor | None:
         """The same, or None where the adapter does not have that part."""
         # In every forward pass, so by way of nn.Module's dictionaries: its attribute look-up costs a microsecond each.
         module = self._modules[attribute]._modules.get(adapter_name)  # type: ignore[union-attr]
-        return None if module is None else module._parameters["weight"]
+        weight: Any = None if module is None else module._parameters["weight"]
+        return module() if weight is not None and weight.is_meta else weight  # type: ignore[misc]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base layer's dtype, which would round gates, magnitudes and whatever a
@@ -166,7 +172,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         scaling = self.scaling[adapter_name]
 
         def matrix(attribute: str) -> Tensor:
-            factor: Any = self.optional_factor(attribute, adapter_name)
+            factor = self.factor(attribute, adapter_name)
             return factor if factor.dim() == 2 else factor.flatten(1)
 
         terms = [Term(matrix("loom_lora_A"), matrix("loom_lora_B"), mixer, gate, scaling)]
@@ -222,10 +228,6 @@ class LoomLayer(nn.Module, BaseTunerLayer):
             W = self._unmerged_matrix()
             delta = self._adapted_matrix([adapter_name], W) - W
         return self.as_weight(delta).to(self.factor("loom_lora_A", adapter_name).dtype)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Every adapter adds a delta to the weight, which PEFT can approximate by a LoRA."""
-        return True
 
     # Merging
 

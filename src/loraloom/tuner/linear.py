@@ -41,6 +41,10 @@ class LoomLinear(LoomLayer):
     def as_weight(self, matrix: Tensor) -> Tensor:
         return self.as_matrix(matrix)  # transposing twice is nothing
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT can turn the delta of a linear layer into a LoRA; of others it would write one that loads wrong."""
+        return True
+
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]
         if len(adapters) > 1 or type(base) is not nn.Linear or not self._calls_only_linear(base, x):
