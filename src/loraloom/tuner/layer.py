@@ -131,7 +131,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.loom_mixer:
             initialization.init_mixer(self.factor("loom_mixer", adapter_name), config)
         if adapter_name in self.loom_anchor_A:
-            W, kind = self.base_matrix(), config.init_lora_weights
+            W, kind = self._unmerged_matrix(), config.init_lora_weights
             A0, B0 = initialization.from_base(W, self.r[adapter_name], self.scaling[adapter_name], kind)
             for parameter, value in ((A, A0), (B, B0)):
                 parameter.copy_(value.reshape(parameter.shape))
@@ -139,7 +139,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
             self.factor("loom_anchor_B", adapter_name).copy_(B)
         magnitude = self.magnitude(adapter_name)
         if magnitude is not None:
-            magnitude.copy_(self._row_norm(adapter_name, self.base_matrix()))
+            magnitude.copy_(self._row_norm(adapter_name, self._unmerged_matrix()))
 
     def factor(self, attribute: str, adapter_name: str) -> Tensor:
         """One of the adapter's tensors, as it is stored."""
@@ -265,17 +265,18 @@ class LoomLayer(nn.Module, BaseTunerLayer):
                 f"Merging into a base quantised by {backend.backend_name} is not supported: load it in bf16."
             )
         merged = self._adapted_matrix([*self.merged_adapters, *names], self._unmerged_matrix())
+        merged = self.as_weight(merged).to(self.get_base_weight().dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {', '.join(names)} gives NaN or infinity, so nothing was changed.")
         weight = self.get_base_layer().weight
         if backend is None:
             if self._unmerged is None:
                 self._unmerged = weight.detach().to("cpu", copy=True)
-            weight.copy_(self.as_weight(merged))
+            weight.copy_(merged)
         else:
             if self._unmerged is None:
                 self._unmerged = snapshot(self.get_base_layer())
-            self.set_base_weight(self.as_weight(merged).to(self.get_base_weight().dtype))
+            self.set_base_weight(merged)
         self.merged_adapters.extend(names)
         self._base_changed()
 
