@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from loraloom import LoomConfig
 from tests.tuner.support import (
@@ -191,6 +192,47 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_base_alone():
     with pytest.raises(ValueError, match="plain"):
         model.merge_adapter(adapter_names=["plain"], safe_merge=True)
     assert torch.equal(model.get_base_model().target.get_base_layer().weight, before)
+
+
+def test_safe_merge_refuses_what_the_dtype_of_the_base_cannot_hold():
+    model = with_adapter(make_base("linear", torch.float16))
+    layer = model.get_base_model().target
+    before = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.factor("loom_lora_A", "default").fill_(1e3)
+        layer.factor("loom_lora_B", "default").fill_(1e3)
+    with pytest.raises(ValueError, match="infinity"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_added_while_another_is_merged_starts_from_the_unmerged_base(kind):
+    model, x = several(kind, configs={"plain": {}}), make_input(kind)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT does, once the adapter is there
+        model.add_adapter("dora", LoomConfig(target_modules=["target"], use_dora=True))
+    model.set_adapter("dora")
+    with torch.no_grad():
+        assert_near(model(x), Dense.of(kind, make_base(kind).target)(x), torch.float32)
+
+
+@pytest.mark.parametrize("target", ["embed", ["embed", "head"]])
+def test_a_tied_weight_is_not_merged(target):
+    """Merging into one of two layers that share a weight would change the other as well."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = get_peft_model(Tied(), LoomConfig(target_modules=target))
+    before = model.get_base_model().head.weight.detach().clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"embed shares its weight with head"):
+            merge()
+    assert torch.equal(model.get_base_model().head.weight, before)
 
 
 def test_adapters_on_different_layers_do_not_meet():

@@ -95,6 +95,21 @@ class LoomModel(BaseTuner):
                 "effect: remove it from target_modules."
             )
 
+    def _check_merge_allowed(self) -> None:
+        # PEFT's version warns, by names and the model's config; the merged model would be another function.
+        owners: dict[nn.Parameter, str] = {}
+        for name, module in self.model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None:
+                continue
+            other = owners.setdefault(weight, name)
+            layers = [self.model.get_submodule(n.removesuffix(".base_layer")) for n in (other, name)]
+            if other != name and any(isinstance(layer, LoomLayer) for layer in layers):
+                raise ValueError(
+                    f"{other.removesuffix('.base_layer')} shares its weight with {name.removesuffix('.base_layer')}, "
+                    "so merging would change both: give each a copy first (tie_word_embeddings=False when loading)."
+                )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hands ``adapter_names`` to the layers during one forward pass (or generate)."""
