@@ -93,6 +93,22 @@ def test_a_dropped_adapter_does_not_move_until_it_is_chosen_again() -> None:
     assert returned
 
 
+def test_switching_the_adapter_off_and_on_does_not_wake_the_dropped() -> None:
+    """As a preference trainer does for its reference: PEFT then makes the whole adapter trainable."""
+    model = adapted()
+    optimizer = optimizer_for(model)
+    selection = AdapterSelection(model, optimizer, 2, warmup_steps=1, select_every=10, select_until=40)
+    train(model, optimizer, range(12))
+    before = {n: [p.detach().clone() for p in factors(layers(model)[n], "default")] for n in selection.frozen}
+    assert len(before) == 4
+    with model.disable_adapter():
+        pass
+    train(model, optimizer, [12])
+    for name, olds in before.items():
+        for parameter, old in zip(factors(layers(model)[name], "default"), olds, strict=True):
+            assert torch.equal(parameter, old)
+
+
 def test_without_reentry_the_dropped_are_disconnected_at_once() -> None:
     selection = run(2, 3, warmup_steps=1, select_every=2, select_until=9, reentry=False)
     assert len(selection.kept) == 2

@@ -174,6 +174,8 @@ class AdapterSelection:
                     parameter.grad = None
 
     def _before_step(self) -> None:
+        if self.frozen:  # switching the adapter off and on again makes all of it trainable
+            self.freeze(self.frozen)
         self.optimizer.constraint = self.constraint if self._resolved().selects(self.step + 1) else None
 
     def _after_step(self) -> None:
