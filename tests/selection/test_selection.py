@@ -305,6 +305,7 @@ def build_with(**changes) -> AdapterSelection:
         ({"optimizer": "adamw"}, "the optimizer is a AdamW; selection needs loraloom.optim.WeightAdam"),
         ({"model": {"use_gate": False}}, r"has no gates; make it with LoomConfig.weightlora"),
         ({"model": {"use_dora": True}}, "uses DoRA, whose magnitude still rescales"),
+        ({"model": {"bias": "loom_only"}}, "biases of its layers, which a checkpoint would not hold"),
         ({"keep": 7}, "keep=7 is out of range: pass 1 to 6 adapters"),
         ({"keep": 0}, "keep=0 is out of range"),
         ({"keep": 1.5}, "keep=1.5 is out of range"),

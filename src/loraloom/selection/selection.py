@@ -294,6 +294,11 @@ def _gated_adapter(model: PeftModel, optimizer: WeightAdam) -> str:
             f"adapter {adapter!r} uses DoRA, whose magnitude still rescales the weight when the gate is zero, so that "
             "disconnecting would change the model: set use_dora=False"
         )
+    if model.peft_config[adapter].bias == "loom_only":
+        raise ValueError(
+            f"adapter {adapter!r} trains the biases of its layers, which a checkpoint would not hold once a layer is "
+            "disconnected: set bias='none' or 'all'"
+        )
     if any(layer.merged for layer in layers.values()):
         raise ValueError(f"adapter {adapter!r} is merged: call unmerge_adapter() first")
     held = {id(p) for group in optimizer.param_groups if group["is_gate"] for p in group["params"]}
