@@ -86,7 +86,13 @@ def test_help_of_train_shows_keys_with_their_meaning_and_default(capsys):
         main(["train", "--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("--method.lora_alpha", "(default: 32)", "{lora,moslora,dora,full,probe}", "--data.test_fraction"):
+    for part in (
+        "--method.lora_alpha",
+        "(default: 32)",
+        "{lora,moslora,dora,weightlora,weightlora+,full,probe}",
+        "--optimizer.lora_plus_ratio",
+        "--data.test_fraction",
+    ):
         assert part in text
 
 
@@ -157,6 +163,17 @@ def test_evaluate_in_a_fresh_process_gives_the_numbers_of_train(run_yaml, tmp_pa
     evaluated = loraloom("evaluate", tmp_path / "run", "--json", "--quiet")
     assert json.loads(evaluated.stdout) == result["after"]
     assert evaluated.stderr == ""
+
+
+def test_weightlora_shows_the_kept_adapters(run_yaml, tmp_path, capsys, in_process):
+    options = ["--method.name", "weightlora", "--method.keep", "3", "--method.select_until", "4"]
+    assert main(["train", str(run_yaml), *options, "--optimizer.gate_lr", "2.0"]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 13 adapters kept: rank and gate" in out
+    assert "gates " in out  # in the table of parameter groups
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for adapter in result["adapters"].values():
+        assert adapter is None or f"{adapter['r']} {adapter['gate']:.2f}" in out
 
 
 def test_a_failed_run_is_one_line_and_code_1(run_yaml, capsys, in_process):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from loraloom.training import run
 from loraloom.training.config import (
     TRAINING_DEFAULTS,
     DataSection,
@@ -13,6 +14,8 @@ from loraloom.training.config import (
     OutputSection,
     RunConfig,
 )
+
+from .support import StopAt
 
 COLOURS = ("red", "green", "blue")
 
@@ -71,3 +74,19 @@ def causal(pico_llama_dir, colour_rows, tmp_path):
         },
         output=OutputSection(dir=str(tmp_path / "run")),
     )
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Make the next run receive Ctrl-C in the given step."""
+
+    def at(step):
+        build = run.build_trainer
+
+        def with_interrupt(config, model, tokenizer, data, callbacks):
+            monkeypatch.setattr(run, "build_trainer", build)
+            return build(config, model, tokenizer, data, [*callbacks, StopAt(step)])
+
+        monkeypatch.setattr(run, "build_trainer", with_interrupt)
+
+    return at

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from loraloom.errors import InputError
-from loraloom.training.config import SECTIONS, TRAINING_DEFAULTS, MethodSection, RunConfig
+from loraloom.training.config import (
+    EXPANSION_KEYS,
+    SECTIONS,
+    SELECTION_KEYS,
+    TRAINING_DEFAULTS,
+    MethodSection,
+    RunConfig,
+)
 from loraloom.training.loading import dump_config, load_config
 
 
@@ -37,6 +44,7 @@ def test_resolved_file_reads_back_equal(tmp_path):
     model: {name: some/model, task: causal-lm, dtype: bfloat16}
     data: {path: rows.jsonl, test_fraction: 0.25}
     method: {name: dora, r: 4, use_mixer: orthogonal, target_modules: [q_proj, v_proj], rank_pattern: {q_proj: 2}}
+    optimizer: {name: adamw_8bit, lora_plus_ratio: 16, betas: [0.9, 0.99]}
     training: {learning_rate: 1e-4, lr_scheduler_type: cosine}
     """
     config = load_config(write(tmp_path, text))
@@ -64,7 +72,8 @@ def test_method_has_the_keys_of_loom_config():
 
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
     ours = {f.name for f in dataclasses.fields(LoomConfig)} - inherited - {"loom_format_version", "target_parameters"}
-    assert {f.name for f in dataclasses.fields(MethodSection)} - {"name"} == ours
+    keys = {f.name for f in dataclasses.fields(MethodSection)}
+    assert keys - {"name", *SELECTION_KEYS, *EXPANSION_KEYS} == ours
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
@@ -117,6 +126,21 @@ def test_later_overrides_win_and_keep_strings_strings(tmp_path):
         ("method: {name: full}\nmodel: {quantization: nf4}", ["'full' cannot train", "nf4"]),
         ("method: {name: probe}\nmodel: {task: causal-lm, name: x}", ["'probe'", "text-classification"]),
         ("model: {task: causal-lm}", ["'builtin:minilm' is an encoder"]),
+        ("method: {keep: 4}", ["method.keep has no meaning", "'lora'", "use 'weightlora'"]),
+        ("method: {name: weightlora, expand_times: 1}", ["method.expand_times", "use 'weightlora+'"]),
+        ("method: {name: weightlora+, expand_times: 1, expand_parameters: 9}", ["expand_parameters 9 expands once"]),
+        ("method: {name: weightlora}\noptimizer: {name: adamw}", ["'adamw' cannot select", "'weight_adam'"]),
+        ("method: {name: weightlora}\ntraining: {optim: sgd}", ["'sgd' cannot select", "weight_adam"]),
+        (
+            "method: {name: weightlora}\ntraining: {load_best_model_at_end: true}",
+            ["training.load_best_model_at_end cannot", "set it to false"],
+        ),
+        ("optimizer: {name: adamv}", ["optimizer.name: 'adamv'", "did you mean 'adamw'"]),
+        ("optimizer: {learning_rate: 1e-3}", ["unknown key optimizer.learning_rate", "belongs to section 'training'"]),
+        ("optimizer: {betas: [0.9]}", ["optimizer.betas: [0.9] is not two numbers"]),
+        ("optimizer: {gate_lr: 2}\ntraining: {optim: sgd}", ["training.optim 'sgd'", "remove one of them"]),
+        ("training: {weight_decay: 0.1}", ["training.weight_decay", "use optimizer.weight_decay"]),
+        ("training: {adam_beta2: 0.99}", ["training.adam_beta2", "use optimizer.betas"]),
         ("training: {output_dir: x}", ["training.output_dir", "use output.dir"]),
         ("data: {test_fraction: 1.0}", ["data.test_fraction: 1.0"]),
     ],

@@ -3,47 +3,22 @@
 import dataclasses
 import json
 import math
-import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.training import run
 from loraloom.training.evaluate import evaluate_saved
 from loraloom.training.loading import load_config
 
+from .support import assert_equal_weights, elsewhere, weights, with_method, with_training
+
 METHODS = ["lora", "moslora", "dora", "full", "probe"]
-
-
-def with_method(config, name, **keys):
-    adapter = name not in ("full", "probe")
-    method = dataclasses.replace(config.method, name=name, **keys) if adapter else type(config.method)(name=name)
-    return dataclasses.replace(config, method=method)
-
-
-def with_training(config, **keys):
-    return dataclasses.replace(config, training={**config.training, **keys})
-
-
-def elsewhere(config, directory):
-    return dataclasses.replace(config, output=dataclasses.replace(config.output, dir=str(directory)))
-
-
-def weights(folder):
-    name = "adapter_model.safetensors" if (Path(folder) / "adapter_model.safetensors").exists() else "model.safetensors"
-    return load_file(Path(folder) / name)
-
-
-def assert_equal_weights(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -130,33 +105,6 @@ def test_gradient_checkpointing_changes_no_weight(classification, tmp_path, reen
     checkpointed = weights(run.train(with_training(config, **options)).output_dir)
     for name, tensor in plain.items():
         torch.testing.assert_close(checkpointed[name], tensor)
-
-
-class StopAt(TrainerCallback):
-    """Sends the process a Ctrl-C in the middle of an optimizer step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture
-def ctrl_c(monkeypatch):
-    """Make the next run receive Ctrl-C in the given step."""
-
-    def at(step):
-        build = run.build_trainer
-
-        def with_interrupt(config, model, tokenizer, data, callbacks):
-            monkeypatch.setattr(run, "build_trainer", build)
-            return build(config, model, tokenizer, data, [*callbacks, StopAt(step)])
-
-        monkeypatch.setattr(run, "build_trainer", with_interrupt)
-
-    return at
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from loraloom.cli.options import Output, parse, quiet_libraries
 from loraloom.errors import InputError, RunInterruptedError
-from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection
+from loraloom.training.config import DataSection, MethodSection, ModelSection, OptimizerSection, OutputSection
 from loraloom.training.loading import load_config
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Train(Output):
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     method: MethodSection = field(default_factory=MethodSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     output: OutputSection = field(default_factory=OutputSection)
 
 
@@ -84,8 +85,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def show(result: "RunResult", console: Console) -> None:
     """The table of results, and where they are."""
-    from loraloom.training.display import readable_bytes, results_table
+    from loraloom.training.display import adapters_table, readable_bytes, results_table
 
+    if result.adapters is not None:
+        console.print(adapters_table(result.adapters))
     rows = [
         (name.replace("_", " "), f"{result.before[name]:.4f} -> {value:.4f}") for name, value in result.after.items()
     ]

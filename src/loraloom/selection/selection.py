@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from loraloom.errors import RunFailedError
 from loraloom.optim import Constraint, KSparse, WeightAdam
 from loraloom.selection.phases import FillBudget, HalveAndDouble, Phase, Phases, is_fraction, resolve_phases
 from loraloom.selection.rewire import (
@@ -199,7 +200,7 @@ class AdapterSelection:
         dropped = {name for name, g in gates.items() if g == 0}
         if self.step == self._resolved().select_until:
             if not any(group.get("started") for group in self.optimizer.param_groups):
-                raise RuntimeError(
+                raise RunFailedError(
                     f"no gate has had a gradient in {self.step} steps, so nothing can be selected: raise select_until "
                     "beyond the first steps of the learning rate's own warm-up"
                 )
@@ -218,7 +219,7 @@ class AdapterSelection:
 
     def _drop(self, names: set[str]) -> None:
         if len(names) == len(self._layers):
-            raise RuntimeError(f"after step {self.step} every gate is zero, so no adapter is left: lower gate_lr")
+            raise RunFailedError(f"after step {self.step} every gate is zero, so no adapter is left: lower gate_lr")
         self.freeze(set())
         if names:
             self._disconnect(names)

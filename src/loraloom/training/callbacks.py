@@ -66,6 +66,7 @@ class SanityCallback(TrainerCallback):
                 f"no adapter weight has changed in the first {steps} steps although there are gradients: the "
                 f"learning rate is {lr_scheduler.get_last_lr()[0]:g}; raise training.learning_rate"
             )
+        self.watched = []  # adapters that a selection drops later on are to be freed
 
     def on_log(
         self,

@@ -1,4 +1,4 @@
-"""RUN.yaml as dataclasses: five sections, every key with a default, the text under a field is its help.
+"""RUN.yaml as dataclasses: six sections, every key with a default, the text under a field is its help.
 
 Importing this file imports no torch, so a mistake in RUN.yaml is reported in a fraction of a second.
 """
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal["text-classification", "causal-lm"]
-Method = Literal["lora", "moslora", "dora", "full", "probe"]
+Method = Literal["lora", "moslora", "dora", "weightlora", "weightlora+", "full", "probe"]
+Optimizer = Literal["adamw", "weight_adam", "adamw_8bit", "paged_adamw_8bit"]
 Number = int | float
 
 # What differs from the defaults of TrainingArguments and SFTConfig; anything here can be set in RUN.yaml again.
@@ -64,7 +65,8 @@ class DataSection:
 @dataclass
 class MethodSection:
     name: Method = "lora"
-    """`lora`, `moslora`, `dora`; or `full` (train every weight) and `probe` (train the classification head alone)."""
+    """`lora`, `moslora`, `dora`, `weightlora` (find the adapters that matter, drop the rest), `weightlora+` (and widen
+    those); or `full` (train every weight) and `probe` (train the classification head alone)."""
     r: int = 16
     """Rank of every adapter."""
     lora_alpha: Number = 32
@@ -103,12 +105,54 @@ class MethodSection:
     """Rows of the embedding to train."""
     allow_unmatched: bool = False
     """A name in target_modules or in a pattern that matches nothing is a warning, not an error."""
+    keep: Number | None = None
+    """weightlora: how many adapters to keep, or below 1 the share of them. Default: 0.5."""
+    warmup_steps: Number | None = None
+    """weightlora: steps in which all adapters train, before the first selection; below 1: of the run. Default: 0.05.
+    (training.warmup_steps is the learning rate's.)"""
+    select_every: int | None = None
+    """weightlora: steps from one selection to the next; a dropped adapter has them to come back. Default: 1."""
+    select_until: Number | None = None
+    """weightlora: the step after which the dropped adapters leave the model; below 1: of the run. Default: 0.3."""
+    reentry: bool | None = None
+    """weightlora: whether a dropped adapter may come back until then. Default: true."""
+    expand_times: int | None = None
+    """weightlora+: how often half of the kept adapters go, and the others double their rank. Default: 2."""
+    expand_every: int | None = None
+    """weightlora+: steps before each of these expansions. Default: 10."""
+    expand_parameters: int | None = None
+    """weightlora+: instead, raise all kept adapters once to the largest common rank with at most this many weights."""
+
+
+@dataclass
+class OptimizerSection:
+    """What moves the weights. The learning rate is training.learning_rate, and its scheduler scales every rate here."""
+
+    name: Optimizer | None = None
+    """`adamw`, `weight_adam` (AdamW, and projected descent for gates), or bitsandbytes' `adamw_8bit` and
+    `paged_adamw_8bit`. Default: `weight_adam` for weightlora, else `adamw`."""
+    weight_decay: Number = 0.01
+    """Decoupled decay of matrices; biases, norms, magnitudes and gates never decay."""
+    lora_plus_ratio: Number = 1.0
+    """Learning rate of B over that of A (LoRA+); 16 is the paper's, with a smaller training.learning_rate."""
+    gate_lr: Number | None = None
+    """Learning rate of the gates. Default: weight_adam's own, 5.0 with `sgd` and 0.05 with `adam`."""
+    head_lr: Number | None = None
+    """Learning rate of a new head and of modules_to_save. Default: training.learning_rate."""
+    betas: list[Number] | None = None
+    """Adam's two averaging rates. Default: [0.9, 0.999]."""
+    eps: Number | None = None
+    """Adam's epsilon. Default: 1e-8."""
+    gate_method: Literal["sgd", "adam"] | None = None
+    """weight_adam: how gates move. Default: `sgd`, as in the paper."""
+    gate_momentum: Number | None = None
+    """weight_adam: momentum of `sgd` for the gates. Default: 0."""
 
 
 @dataclass
 class OutputSection:
     dir: str = "loraloom-run"
-    """Folder for the adapter, metrics.json, resolved.yaml and checkpoints/."""
+    """Folder for the adapter, metrics.json, resolved.yaml, weightlora's selection.json, and checkpoints/."""
     overwrite: bool = False
     """Replace a finished run in this folder; otherwise that is an error."""
 
@@ -120,6 +164,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     method: MethodSection = field(default_factory=MethodSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING_DEFAULTS))
     """Any key of TrainingArguments (text-classification) or SFTConfig (causal-lm)."""
     output: OutputSection = field(default_factory=OutputSection)
@@ -130,6 +175,19 @@ SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "data": DataSection,
     "method": MethodSection,
+    "optimizer": OptimizerSection,
     "output": OutputSection,
 }
 METHODS_WITHOUT_ADAPTER = ("full", "probe")
+METHODS_WITH_SELECTION = ("weightlora", "weightlora+")
+SELECTION_KEYS = ("keep", "warmup_steps", "select_every", "select_until", "reentry")
+EXPANSION_KEYS = ("expand_times", "expand_every", "expand_parameters")
+# Keys of TrainingArguments that only an optimizer of transformers reads, and whose place is `optimizer` otherwise.
+OPTIMIZER_KEYS_OF_TRAINING = {
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "optim_args": "training.optim with it",
+    "optim_target_modules": "training.optim with it",
+}

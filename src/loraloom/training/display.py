@@ -1,5 +1,6 @@
 """What a run shows on the terminal: a bar while it works, a table of epochs, a table of results."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loraloom.training.selection import Adapters
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
 
@@ -122,6 +125,38 @@ def results_table(rows: list[tuple[str, str]], title: str) -> Table:
     for what, value in rows:
         table.add_row(what, value)
     return table
+
+
+def adapters_table(adapters: Adapters) -> Table:
+    """Layers by modules: rank and last gate of each adapter that was kept, a dot for each that was dropped.
+
+    A module is named by the shortest ending of its path that no other module of the table shares.
+    """
+    places = {name: _place(name) for name in adapters}
+    modules = list(dict.fromkeys(module for _, module in places.values()))
+    headings = [_shortest_ending(module, modules).replace(".", "\n") for module in modules]
+    kept = sum(adapter is not None for adapter in adapters.values())
+    title = f"{kept} of {len(adapters)} adapters kept: rank and gate"
+    table = Table("layer", *headings, title=title, title_justify="left")
+    for layer in dict.fromkeys(layer for layer, _ in places.values()):
+        cells = dict.fromkeys(modules, "")
+        for name, adapter in adapters.items():
+            if places[name][0] == layer:
+                cells[places[name][1]] = "." if adapter is None else f"{adapter['r']} {adapter['gate']:.2f}"
+        table.add_row(layer, *cells.values())
+    return table
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The number of a module's layer, or "-", and its name within the layer."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (match[1], match[2]) if match else ("-", name)
+
+
+def _shortest_ending(module: str, modules: list[str]) -> str:
+    parts = module.split(".")
+    endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next((e for e in endings if sum(f".{m}".endswith(f".{e}") for m in modules) == 1), module)
 
 
 def readable_bytes(count: int | None) -> str:

@@ -11,7 +11,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from loraloom.errors import InputError, did_you_mean
-from loraloom.training.config import METHODS_WITHOUT_ADAPTER, SECTIONS, TRAINING_DEFAULTS, MethodSection, RunConfig
+from loraloom.training.config import (
+    EXPANSION_KEYS,
+    METHODS_WITH_SELECTION,
+    METHODS_WITHOUT_ADAPTER,
+    OPTIMIZER_KEYS_OF_TRAINING,
+    SECTIONS,
+    SELECTION_KEYS,
+    TRAINING_DEFAULTS,
+    MethodSection,
+    OptimizerSection,
+    RunConfig,
+)
 
 SECTION_NAMES = tuple(f.name for f in dataclasses.fields(RunConfig))
 
@@ -143,8 +154,53 @@ def _check_combinations(config: RunConfig) -> None:
     for key, owner in {"output_dir": "output.dir", "resume_from_checkpoint": "--resume"}.items():
         if key in config.training:
             raise InputError(f"training.{key} is set by loraloom: use {owner}")
+    _check_selection(method, config.training)
+    _check_optimizer(config)
     if not 0 < config.data.test_fraction < 1:
         raise InputError(f"data.test_fraction: {config.data.test_fraction} is not between 0 and 1")
+
+
+def _check_selection(method: MethodSection, training: Mapping[str, Any]) -> None:
+    for keys, owners in ((SELECTION_KEYS, METHODS_WITH_SELECTION), (EXPANSION_KEYS, ("weightlora+",))):
+        for key in keys:
+            if getattr(method, key) is not None and method.name not in owners:
+                raise InputError(
+                    f"method.{key} has no meaning for method.name {method.name!r}: remove it, or use {owners[0]!r}"
+                )
+    if method.expand_parameters is not None and (method.expand_times, method.expand_every) != (None, None):
+        raise InputError(
+            f"method.expand_parameters {method.expand_parameters} expands once: remove expand_times and expand_every"
+        )
+    if method.name in METHODS_WITH_SELECTION and training.get("load_best_model_at_end"):
+        raise InputError(
+            f"training.load_best_model_at_end cannot be used with method.name {method.name!r}, whose best checkpoint "
+            "may have other adapters than the model at the end: set it to false"
+        )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """Two places can describe the optimizer; each key is honoured where it stands, or an error."""
+    optimizer, method, training = config.optimizer, config.method, config.training
+    if "optim" in training:
+        if optimizer != OptimizerSection():
+            raise InputError(
+                f"training.optim {training['optim']!r} is an optimizer of transformers, which does not read the "
+                "section optimizer: remove one of them"
+            )
+        if method.name in METHODS_WITH_SELECTION:
+            raise InputError(
+                f"training.optim {training['optim']!r} cannot select: remove it, {method.name!r} uses weight_adam"
+            )
+    else:
+        for key, owner in OPTIMIZER_KEYS_OF_TRAINING.items():
+            if key in training:
+                raise InputError(f"training.{key} is read by the optimizers of training.optim alone: use {owner}")
+    if method.name in METHODS_WITH_SELECTION and optimizer.name not in (None, "weight_adam"):
+        raise InputError(
+            f"optimizer.name {optimizer.name!r} cannot select adapters: method.name {method.name!r} needs 'weight_adam'"
+        )
+    if optimizer.betas is not None and len(optimizer.betas) != 2:
+        raise InputError(f"optimizer.betas: {optimizer.betas} is not two numbers, such as [0.9, 0.999]")
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from loraloom.errors import InputError
-from loraloom.training.config import MethodSection, ModelSection, RunConfig, Task
+from loraloom.training.config import EXPANSION_KEYS, SELECTION_KEYS, MethodSection, ModelSection, RunConfig, Task
 from loraloom.tuner import LoomConfig
 
 BUILT_IN = "builtin:minilm"
@@ -112,11 +112,12 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
 
 def adapter_config(method: MethodSection, task: Task, new_modules: list[str]) -> LoomConfig:
     """The adapter's configuration: the constructor that `method.name` names, with every key that was set."""
-    keys = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name != "name"}
+    others = ("name", *SELECTION_KEYS, *EXPANSION_KEYS)
+    keys = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in others}
     keys = {key: value for key, value in keys.items() if value is not None}
     if task == "text-classification" and new_modules:
         keys["modules_to_save"] = sorted({*keys.get("modules_to_save", []), *new_modules})
-    return getattr(LoomConfig, method.name)(task_type=TASK_TYPES[task], **keys)
+    return getattr(LoomConfig, method.name.removesuffix("+"))(task_type=TASK_TYPES[task], **keys)
 
 
 def _quantization(section: ModelSection) -> BitsAndBytesConfig:

@@ -27,13 +27,17 @@ from trl import SFTConfig
 
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.files import write_text_atomically
+from loraloom.optim import format_param_groups
+from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
-from loraloom.training.config import RunConfig
+from loraloom.training.config import METHODS_WITH_SELECTION, RunConfig
 from loraloom.training.data import RunData, load_data
 from loraloom.training.display import TrainingDisplay
 from loraloom.training.loading import dump_config, load_config, unknown_key
 from loraloom.training.metrics import classification_metrics, peak_memory_bytes
 from loraloom.training.model import apply_method, load_base, load_tokenizer
+from loraloom.training.optimizer import run_optimizer
+from loraloom.training.selection import Adapters, select_in
 from loraloom.training.trainers import CausalTrainer, ExactResumeTrainer
 
 METRICS = {"text-classification": ["loss", "accuracy", "macro_f1"], "causal-lm": ["loss", "perplexity"]}
@@ -61,14 +65,16 @@ class RunResult:
     """Allocated on the GPU where there is one, else resident memory of the process."""
     wall_time_seconds: float
     output_dir: str
+    adapters: Adapters | None = None
+    """weightlora: rank and last gate of every adapter that was kept, null for one that was dropped, by module."""
 
 
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Train as `config` says, save into `config.output.dir`, and measure before and after.
 
-    The folder gets the adapter and tokenizer, resolved.yaml, metrics.json (last, so it marks a finished run) and
-    checkpoints/. The first Ctrl-C ends the current step and saves a checkpoint. A resumed run gives bit for bit what
-    the uninterrupted one gives.
+    The folder gets the adapter and tokenizer, resolved.yaml, metrics.json (last, so it marks a finished run),
+    checkpoints/ and, from weightlora, selection.json with the gates over time. The first Ctrl-C ends the current step
+    and saves a checkpoint. A resumed run gives bit for bit what the uninterrupted one gives.
 
     Args:
         config: the run, from `load_config` or built in Python.
@@ -100,9 +106,15 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     )
     watched = str(model.base_model.prefix) if isinstance(model, PeftModel) else ""
     trainer = build_trainer(config, model, tokenizer, data, [SanityCallback(watched), speed, interrupt, display])
+    if not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
+        optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
+        console.print(format_param_groups(optimizer.param_groups), highlight=False)
+    selection = select_in(trainer, config) if config.method.name in METHODS_WITH_SELECTION else None
     write_text_atomically(output / RESOLVED, dump_config(config))
     with display.showing(), interrupt.listening():
         before = evaluate(trainer, config)
+        if selection is not None and checkpoint is not None:
+            selection.resume(Path(checkpoint))  # not earlier: `before` is of the model with all adapters
         trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.state
         if interrupt.requested and state.global_step < state.max_steps:
@@ -126,10 +138,13 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         peak_memory_bytes=peak_memory_bytes(),
         wall_time_seconds=round(time.monotonic() - started, 2),
         output_dir=str(output),
+        adapters=None if selection is None else selection.adapters(),
     )
     if trainer.is_world_process_zero():
         # Trainer leaves its arguments as a pickle beside the weights; resolved.yaml says the same and is safe to read.
         (output / "training_args.bin").unlink(missing_ok=True)
+        if selection is not None:
+            selection.selection.save(output)
         write_text_atomically(output / RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
 
@@ -164,13 +179,18 @@ def build_trainer(
         arguments = arguments_class(**{**defaults, **config.training, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {' '.join(str(error).split())}") from error
-    # What both trainers take; an optimizer of our own goes here, as `optimizer_cls_and_kwargs`.
+    # What both trainers take.
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,
         "processing_class": tokenizer,
         "callbacks": callbacks,
     }
+    if "optim" not in config.training:
+        try:
+            common["optimizer_cls_and_kwargs"] = run_optimizer(config)
+        except ValueError as error:
+            raise InputError(f"optimizer: {error}") from error
     if causal:
         if "messages" in data.train.column_names and tokenizer.chat_template is None:
             raise InputError(f"data.path {config.data.path!r} holds chats, and the tokenizer has no chat template")
@@ -229,12 +249,12 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
             raise InputError(f"--resume: no checkpoint in {checkpoints}; run without --resume to start")
         earlier = dataclasses.asdict(load_config(output / RESOLVED))
         now = dataclasses.asdict(config)
-        for section in ("model", "data", "method"):
+        for section in ("model", "data", "method", "optimizer"):
             for key, value in now[section].items():
                 if earlier[section][key] != value:
                     raise InputError(
                         f"--resume: {section}.{key} was {earlier[section][key]!r} and is {value!r} now; a checkpoint "
-                        "resumes only the same model, data and method"
+                        "resumes only the same model, data, method and optimizer"
                     )
         changed = [key for key in now["training"] if earlier["training"].get(key) != now["training"][key]]
         if changed:
@@ -247,6 +267,7 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
                 "--output.overwrite true to replace it"
             )
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        (output / RESULT).unlink(missing_ok=True)
+        for name in (RESULT, FILE_NAME):
+            (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     return None

@@ -9,6 +9,8 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
+from loraloom.errors import InputError
+
 
 class EpochSeededLengthGroups(LengthGroupedSampler):
     """Batches of similar length whose order is a function of seed and epoch alone.
@@ -37,6 +39,17 @@ class ExactResumeTrainer(Trainer):
         """
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the Trainer's.
+
+        Raises:
+            InputError: the optimizer would not honour an option, or the model trains nothing that one is for.
+        """
+        try:
+            return super().create_optimizer(model)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise InputError(f"optimizer: {' '.join(str(error).split())}") from error
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         rows = train_dataset if train_dataset is not None else self.train_dataset
