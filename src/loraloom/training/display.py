@@ -137,7 +137,7 @@ def adapters_table(adapters: Adapters) -> Table:
     headings = [_shortest_ending(module, modules).replace(".", "\n") for module in modules]
     kept = sum(adapter is not None for adapter in adapters.values())
     title = f"{kept} of {len(adapters)} adapters kept: rank and gate"
-    table = Table("layer", *headings, title=title, title_justify="left")
+    table = Table("layer", *headings, title=title, title_justify="left", padding=(0, 1, 0, 0))
     for layer in dict.fromkeys(layer for layer, _ in places.values()):
         cells = dict.fromkeys(modules, "")
         for name, adapter in adapters.items():
