@@ -148,7 +148,7 @@ def show_end(numbers: dict[str, float], folder: str, console: Console) -> None:
         f"(metrics.json) and the full configuration (resolved.yaml). {numbers['seconds']:.0f} s in all.\n\n"
         f"Next:\n"
         f"  loraloom evaluate {folder}\n"
-        f"  loraloom train {folder}/resolved.yaml --method.name dora --output.dir dora-run\n"
+        f"  loraloom train {folder}/resolved.yaml --method.name weightlora --output.dir weightlora-run\n"
         f"  loraloom train {folder}/resolved.yaml --data.path your.jsonl --output.dir your-run",
         highlight=False,
         soft_wrap=True,
