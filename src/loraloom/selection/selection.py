@@ -295,7 +295,7 @@ def _gated_adapter(model: PeftModel, optimizer: WeightAdam) -> str:
             f"adapter {adapter!r} uses DoRA, whose magnitude still rescales the weight when the gate is zero, so that "
             "disconnecting would change the model: set use_dora=False"
         )
-    if model.peft_config[adapter].bias == "loom_only":
+    if getattr(model.peft_config[adapter], "bias", "none") == "loom_only":
         raise ValueError(
             f"adapter {adapter!r} trains the biases of its layers, which a checkpoint would not hold once a layer is "
             "disconnected: set bias='none' or 'all'"

@@ -100,6 +100,9 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is None or not dtype.is_floating_point:
             dtype = torch.float32
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, attribute):  # parts that the new configuration may not have
+                del getattr(self, attribute)[adapter_name]
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
