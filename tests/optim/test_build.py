@@ -13,7 +13,7 @@ from .support import backward, gated_model, snapshot
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")  # bitsandbytes; it then does not page
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "galore"])  # it is for whole weights
 def test_every_optimizer_takes_the_groups_and_trains(name: str) -> None:
     model = gated_model()
     optimizer = build_optimizer(model, name, lr=1e-2, lora_plus_ratio=2.0, gate_lr=0.3, head_lr=3e-3, eps=1e-6)

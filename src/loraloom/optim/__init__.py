@@ -1,6 +1,8 @@
 """Optimizers for adapters: WeightAdam, its constraint sets, and the parameter groups that every optimizer takes."""
 
 from loraloom.optim.build import OPTIMIZERS, build_optimizer, check_optimizer_options, trainer_optimizer
+from loraloom.optim.galore import GaLore
+from loraloom.optim.galore_groups import format_galore, project_groups, state_bytes
 from loraloom.optim.param_groups import build_param_groups, format_param_groups
 from loraloom.optim.projections import (
     Constraint,
@@ -17,6 +19,7 @@ from loraloom.optim.weight_adam import WeightAdam
 __all__ = [
     "OPTIMIZERS",
     "Constraint",
+    "GaLore",
     "KSparse",
     "Simplex",
     "SimplexKSparse",
@@ -24,11 +27,14 @@ __all__ = [
     "build_optimizer",
     "build_param_groups",
     "check_optimizer_options",
+    "format_galore",
     "format_param_groups",
+    "project_groups",
     "project_k_sparse",
     "project_simplex",
     "project_simplex_k_sparse",
     "remove_parameters",
     "replace_parameter",
+    "state_bytes",
     "trainer_optimizer",
 ]

@@ -7,11 +7,13 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from loraloom.optim.galore_groups import project_groups
 from loraloom.optim.param_groups import build_param_groups
 
 
@@ -33,6 +35,22 @@ OPTIMIZERS = {
     ),
     "adamw_8bit": Choice("bitsandbytes.optim", "AdamW8bit", _8BIT),
     "paged_adamw_8bit": Choice("bitsandbytes.optim", "PagedAdamW8bit", _8BIT),
+    "galore": Choice(
+        "loraloom.optim.galore",
+        "GaLore",
+        (
+            *("rank", "update_gap", "scale", "side", "refresh", "stagger", "rotate_moments", "residual", "layerwise"),
+            *("max_grad_norm", "process_group", "seed", "inner", "target_modules"),
+            *(*_TORCH, "amsgrad", "momentum", "nesterov", "min_8bit_size"),  # the inner optimizer's
+        ),
+    ),
+}
+# What GaLore's `inner` may be called; a class will do as well.
+INNER = {
+    "adamw": ("torch.optim", "AdamW"),
+    "sgd": ("torch.optim", "SGD"),
+    "adafactor": ("torch.optim", "Adafactor"),
+    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
 }
 # Honoured by all: they are decided in the parameter groups.
 GROUP_OPTIONS = ("lr", "weight_decay", "lora_plus_ratio", "gate_lr", "head_lr", "logit_lr")
@@ -54,9 +72,10 @@ def build_optimizer(
 
     Args:
         model: a PEFT model, or any module.
-        name: a key of `OPTIMIZERS`: "adamw", "weight_adam", "adamw_8bit" or "paged_adamw_8bit".
+        name: a key of `OPTIMIZERS`: "adamw", "weight_adam", "adamw_8bit", "paged_adamw_8bit" or "galore".
         lr, weight_decay, lora_plus_ratio, gate_lr, head_lr, logit_lr: as in `build_param_groups`.
         **options: further arguments of the optimizer's class, for example ``betas``, or ``constraint=KSparse(20)``.
+            "galore" also takes ``target_modules`` of `project_groups`, and ``inner`` may be a key of `INNER`.
 
     Raises:
         ValueError: the name or an option is unknown, the optimizer does not honour an option, or the model trains no
@@ -65,13 +84,7 @@ def build_optimizer(
     """
     check_optimizer_options(name, options)
     choice = OPTIMIZERS[name]
-    try:
-        module = import_module(choice.module)
-    except ModuleNotFoundError as error:
-        package = choice.module.partition(".")[0]
-        raise ModuleNotFoundError(
-            f"optimizer {name!r} needs {package}; install it with: pip install 'loraloom[quant]'"
-        ) from error
+    module = _import(choice.module, name)
     groups = build_param_groups(
         model,
         lr,
@@ -87,6 +100,11 @@ def build_optimizer(
         for embedding in model.modules():
             if isinstance(embedding, nn.Embedding) and embedding.weight.requires_grad:
                 manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+    if name == "galore":
+        groups = project_groups(model, groups, options.pop("target_modules", None))
+        if isinstance(inner := options.get("inner"), str):
+            inner_module, class_name = INNER[inner]
+            options["inner"] = getattr(_import(inner_module, inner), class_name)
     return getattr(module, choice.class_name)(groups, lr=lr, **options)
 
 
@@ -111,6 +129,8 @@ def check_optimizer_options(name: str, options: dict[str, Any]) -> None:
     """Raise ValueError if the optimizer is unknown or would not honour one of the options."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer {name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
+    if name == "galore" and isinstance(inner := options.get("inner"), str) and inner not in INNER:
+        raise ValueError(f"inner={inner!r} is unknown; use one of {', '.join(INNER)}, or an optimizer's class")
     for option, value in options.items():
         if option in OPTIMIZERS[name].options:
             continue
@@ -119,3 +139,13 @@ def check_optimizer_options(name: str, options: dict[str, Any]) -> None:
         known = sorted({*GROUP_OPTIONS, *(o for choice in OPTIMIZERS.values() for o in choice.options)})
         nearest = difflib.get_close_matches(option, known, n=1) or known
         raise ValueError(f"option {option}={value!r} is unknown to every optimizer; did you mean {', '.join(nearest)}?")
+
+
+def _import(module: str, optimizer: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ModuleNotFoundError(
+            f"optimizer {optimizer!r} needs {package}; install it with: pip install 'loraloom[quant]'"
+        ) from error

@@ -1,0 +1,120 @@
+"""Layer-wise GaLore: the same steps as the ordinary mode, without ever holding the model's gradients."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from loraloom.optim import GaLore
+
+from .galore_support import chain, loss_of, matrices_and_vectors
+from .support import assert_identical, snapshot
+
+
+def build(model: nn.Module, layerwise: bool, **options) -> GaLore:
+    settings = {"lr": 1e-2, "rank": 4, "update_gap": 4, "weight_decay": 0.1, **options}
+    return GaLore(matrices_and_vectors(model), **settings, layerwise=layerwise)
+
+
+def test_it_takes_the_steps_of_the_ordinary_mode() -> None:
+    models = [chain(), chain()]
+    for model, layerwise in zip(models, (False, True), strict=True):
+        optimizer = build(model, layerwise)
+        for step in range(10):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+    assert_identical(*map(snapshot, models))
+
+
+def test_micro_batches_add_up() -> None:
+    """Between refreshes, two halves are the whole batch, because projecting is linear; nothing is kept of a skip."""
+    models = [chain(torch.float64), chain(torch.float64)]
+    for model, parts in zip(models, ([slice(None)], [slice(0, 4), slice(4, 8)]), strict=True):
+        optimizer = build(model, layerwise=True, update_gap=100, stagger=False)
+        for step in range(6):
+            rows = [slice(None)] if step == 0 else parts  # the first basis is of the same gradient
+            if step == 2:
+                loss_of(model, 99, torch.float64).backward()  # as GradScaler does when it skips a step
+            optimizer.zero_grad()
+            for part in rows:
+                (loss_of(model, step, torch.float64, part) / len(rows)).backward()
+            optimizer.step()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_one_layers_gradient_exists_at_a_time() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    optimizer = GaLore(layers.parameters(), lr=1e-2, rank=4, layerwise=True)
+    alive = []
+    for layer in layers:
+        layer.weight.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(other.weight.grad is not None for other in layers))
+        )
+    for _ in range(2):
+        layers(torch.randn(3, 64)).square().mean().backward()
+    assert alive == [0] * 16
+    assert {slot.compact.grad.shape for slot in optimizer.projected.values()} == {(64, 4)}
+    optimizer.zero_grad()
+    assert all(slot.compact.grad is None for slot in optimizer.projected.values())
+
+
+def test_clipping_is_by_the_norm_of_all_projected_gradients() -> None:
+    """SGD without momentum: the compact step is -lr R, so its length is lr times the clipped norm."""
+    model = chain(torch.float64)
+    optimizer = build(
+        model, True, inner=torch.optim.SGD, lr=0.5, scale=1.0, weight_decay=0.0, max_grad_norm=0.01, refresh="svd"
+    )
+    before = snapshot(model)
+    loss_of(model, 0, torch.float64).backward()
+    optimizer.step()
+    moved = torch.cat([(p - before[name]).flatten() for name, p in model.named_parameters()])
+    assert moved.norm().item() == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_grad_scaler_unscales_and_skips() -> None:
+    """The scaled gradients are unscaled in their compact form; an overflow skips the step and lowers the scale."""
+    models = [chain(), chain()]
+    for model, scale in zip(models, (1.0, 1024.0), strict=True):
+        optimizer = build(model, layerwise=True, stagger=False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for step in range(8):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            if step == 5 and scale > 1:
+                before = snapshot(model)
+                next(iter(optimizer.projected.values())).compact.grad[0, 0] = float("inf")
+                scaler.step(optimizer)
+                scaler.update()
+                assert_identical(before, snapshot(model))
+                assert scaler.get_scale() == 512.0
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_many_processes_need_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"layerwise=True on 2 processes .* pass process_group"):
+        build(chain(), layerwise=True)
+
+
+def test_an_overflow_without_a_scaler_leaves_the_weight_out() -> None:
+    model = chain()
+    optimizer = build(model, layerwise=True)
+    before = snapshot(model)
+    loss_of(model, 0).backward()
+    next(iter(optimizer.projected.values())).compact.grad[0, 0] = float("inf")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert ["1 gradients are not finite" in str(warning.message) for warning in caught] == [True]
+    changed = [name for name, p in model.named_parameters() if p.ndim == 2 and not torch.equal(p, before[name])]
+    assert changed == ["wide.weight", "square.weight"]
