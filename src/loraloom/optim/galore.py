@@ -70,7 +70,7 @@ class GaLore(Optimizer):
         process_group: average the gradients over these processes here, and the compact ones only, except where a basis
             is refreshed. The model must then not be wrapped in DistributedDataParallel.
         weight_decay: decoupled decay of the groups that set none themselves.
-        seed: of the first basis of "subspace" and all bases of "random".
+        seed: of what "subspace" and "random" draw.
         **inner_options: further arguments of `inner`, for example ``betas``. torch's Adafactor, which scales its step
             by the size of the parameter, here zero, gets ``eps=(None, 1.0)`` unless you pass it.
 
@@ -251,7 +251,7 @@ class GaLore(Optimizer):
             self._report(f"a gradient was {kind} when its basis was to be renewed; the basis stays as it was")
             return
         old: Bases = (state.get("left"), state.get("right"))
-        new = renewed_bases(self.refresh, G, slot, old, self.seed)
+        new = renewed_bases(self.refresh, G, slot, old, self.seed, state["step"])
         if self.rotate_moments and any(basis is not None for basis in old):
             betas = self.param_groups[slot.group].get("betas")
             rotate_state(self.inner.state[slot.compact], change_of_bases(new, old), betas)

@@ -59,45 +59,44 @@ def svd_bases(G: Tensor, rank: int, sides: tuple[bool, bool]) -> Bases:
 
 
 def subspace_bases(
-    G: Tensor, rank: int, sides: tuple[bool, bool], previous: Bases, generator: torch.Generator, iterations: int = 1
+    G: Tensor, rank: int, sides: tuple[bool, bool], previous: Bases, generator: torch.Generator
 ) -> Bases:
-    """Bases near the leading singular subspaces of G, by subspace iteration from the previous ones.
+    """Approximate leading singular vectors of G, by subspace iteration from the previous bases.
 
-    One iteration is Q = orth(G^T (G P)) for the right side and orth(G (G^T P)) for the left: two thin products and one
-    QR, 4 m n r + O(n r^2) operations, against O(m n min(m, n)) for an SVD. From a warm start one is enough, because
-    the gradient's leading subspace moves slowly. Where there is no previous basis, a Gaussian one takes three
-    iterations with 10 extra columns (Halko, Martinsson, Tropp, SIAM Review 2011, algorithm 4.4), of which the leading
-    ones are kept.
+    For the right side, with Omega 8 Gaussian columns:
+
+        Y = orth(G [P_old, Omega])      Z = G^T Y = Q T      P = Q U_r,  U_r the first left singular vectors of T
+
+    These are two thin products, two QRs and the SVD of a small T: 4 m n r operations and O((m + n) r^2), against
+    O(m n min(m, n)) for an SVD of G. One such iteration is enough from a warm start, because the gradient's leading
+    subspace moves slowly; without a previous basis three are taken from a Gaussian one (Halko, Martinsson, Tropp, SIAM
+    Review 2011, algorithm 4.4). Columns get the sign that they had, since the inner optimizer's momentum stays.
 
     Args:
         G: (m, n), finite and not zero.
         rank: columns of each basis, less than min(m, n).
         sides: the result of `sides_of`.
         previous: the old bases; None where there is none.
-        generator: draws the cold start, on the CPU, so that every device and rank draws the same.
-        iterations: of a warm start.
+        generator: draws Omega, on the CPU, so that every device and rank draws the same.
     """
     left, right = previous
     return (
-        _leading(G.mT, rank, left, generator, iterations) if sides[0] else None,
-        _leading(G, rank, right, generator, iterations) if sides[1] else None,
+        _leading(G.mT, rank, left, generator) if sides[0] else None,
+        _leading(G, rank, right, generator) if sides[1] else None,
     )
 
 
-def _leading(G: Tensor, rank: int, P: Tensor | None, generator: torch.Generator, iterations: int) -> Tensor:
-    """A basis (n, rank) near the leading right singular subspace of G (m, n)."""
-    G = G / G.abs().max()  # tiny gradients would underflow in G^T G, huge ones overflow
-    if P is not None:
-        for _ in range(iterations):
-            P = torch.linalg.qr(G.mT @ (G @ P)).Q
-        return P
-    columns = min(rank + 10, *G.shape)
+def _leading(G: Tensor, rank: int, old: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Approximate leading right singular vectors of G (m, n), as columns (n, rank)."""
+    columns = min(rank + 8, *G.shape) - (0 if old is None else rank)
     P = torch.randn(G.shape[1], columns, generator=generator, dtype=G.dtype).to(G.device)
-    for _ in range(3):
-        P = torch.linalg.qr(G.mT @ torch.linalg.qr(G @ P).Q).Q
-    # The leading right singular vectors of G restricted to the span of P.
-    _, V = torch.linalg.eigh((G @ P).mT @ (G @ P))
-    return (P @ V[:, -rank:].flip(1)).contiguous()
+    if old is not None:
+        P = torch.cat([old, P], dim=1)
+    for _ in range(3 if old is None else 1):
+        Y = torch.linalg.qr(G @ P).Q
+        P, T = torch.linalg.qr(G.mT @ Y)
+    P = P @ torch.linalg.svd(T).U[:, :rank]
+    return P if old is None else P * torch.where((P * old).sum(0) < 0, -1.0, 1.0).to(P.dtype)
 
 
 def random_bases(shape: tuple[int, int], rank: int, sides: tuple[bool, bool], seed: int, like: Tensor) -> Bases:

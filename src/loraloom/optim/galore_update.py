@@ -9,7 +9,7 @@ from loraloom.optim.galore_compact import Projected, laid_out_like, whole
 from loraloom.optim.galore_projection import Bases, limit_growth, norm_ratio, project_back, subspace_bases, svd_bases
 
 
-def renewed_bases(refresh: str, G: Tensor, slot: Projected, old: Bases, seed: int) -> Bases:
+def renewed_bases(refresh: str, G: Tensor, slot: Projected, old: Bases, seed: int, step: int) -> Bases:
     """New bases for a gradient G (m, n), which is finite and not zero.
 
     Args:
@@ -17,11 +17,11 @@ def renewed_bases(refresh: str, G: Tensor, slot: Projected, old: Bases, seed: in
         G: whole, also where the weight is sharded.
         slot: the weight.
         old: the bases so far; None where there is none.
-        seed: of the first basis of "subspace"; each weight draws another.
+        seed, step: what "subspace" draws depends on them and on the weight, and on nothing else.
     """
     if refresh == "svd":
         return svd_bases(G, slot.rank, slot.sides)
-    generator = torch.Generator().manual_seed(seed + slot.index)
+    generator = torch.Generator().manual_seed(seed + slot.index + (step << 32))
     return subspace_bases(G, slot.rank, slot.sides, old, generator)
 
 
