@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +38,13 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def shard(model: Chain, mesh: DeviceMesh) -> Chain:
+    model = copy.deepcopy(model)
+    for layer in (model.tall, model.wide):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def worker(rank: int, start: Chain, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     rows, results = slice(4 * rank, 4 * rank + 4), {}
@@ -50,18 +58,24 @@ def worker(rank: int, start: Chain, folder: str) -> None:
         train(bare, build(bare, process_group=dist.group.WORLD, layerwise=layerwise), rows)
         results[name] = whole(bare)
 
+    mesh = dist.init_device_mesh("cpu", (2,))
     for side in ("std", "reverse_std", "full"):
-        sharded = copy.deepcopy(start)
-        mesh = dist.init_device_mesh("cpu", (2,))
-        for layer in (sharded.tall, sharded.wide):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
+        sharded = shard(start, mesh)
         optimizer = build(sharded, side=side)
         train(sharded, optimizer, rows)
         results[f"fsdp_{side}"] = whole(sharded)
         moments = optimizer.inner.state[optimizer.projected[sharded.tall.weight].compact]["exp_avg"]
         # Each rank has half of the moments, except where both axes are projected.
         assert moments.to_local().numel() * (1 if side == "full" else 2) == moments.numel()
+        if side == "std":
+            resumed = shard(start, mesh)
+            resumed.load_state_dict(copy.deepcopy(sharded.state_dict()))
+            other = build(resumed)
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            train(resumed, other, rows)
+            train(sharded, optimizer, rows)
+            for p, q in zip(resumed.parameters(), sharded.parameters(), strict=True):
+                assert torch.equal(p.to_local(), q.to_local())
     with pytest.raises(ValueError, match="a weight is sharded by FSDP2"):
         build(sharded, residual=True)
 

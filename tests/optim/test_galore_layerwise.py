@@ -1,5 +1,6 @@
 """Layer-wise GaLore: the same steps as the ordinary mode, without ever holding the model's gradients."""
 
+import gc
 import warnings
 
 import pytest
@@ -118,3 +119,26 @@ def test_an_overflow_without_a_scaler_leaves_the_weight_out() -> None:
     assert ["1 gradients are not finite" in str(warning.message) for warning in caught] == [True]
     changed = [name for name, p in model.named_parameters() if p.ndim == 2 and not torch.equal(p, before[name])]
     assert changed == ["wide.weight", "square.weight"]
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_second_optimizer_takes_over(layerwise: bool) -> None:
+    """As when a Trainer trains twice: the first optimizer is still alive, and must not eat the second's gradients."""
+    model, fresh = chain(), chain()
+    first = build(model, layerwise=True)
+    for m, optimizer in ((model, build(model, layerwise)), (fresh, build(fresh, layerwise))):
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(m, step).backward()
+            optimizer.step()
+    assert_identical(snapshot(model), snapshot(fresh))
+    assert all(slot.compact.grad is None for slot in first.projected.values())
+
+
+def test_a_dropped_optimizer_leaves_gradients_to_others() -> None:
+    model = chain()
+    optimizer = build(model, layerwise=True)
+    del optimizer
+    gc.collect()
+    loss_of(model, 0).backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -2,10 +2,12 @@
 
 import copy
 import io
+import warnings
 
 import bitsandbytes
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from loraloom.optim import GaLore, remove_parameters, state_bytes
@@ -66,6 +68,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(variant: str, dtype: torch.dtype
         resumed_scheduler.step()
     assert_identical(snapshot(resumed), snapshot(model))
     assert not torch.equal(snapshot(model)["square.weight"], saved["model"]["square.weight"])
+
+
+def test_a_state_with_names_for_keys_is_resumed_too() -> None:
+    """What torch.distributed.checkpoint makes of an optimizer's state, as accelerate saves it under FSDP2."""
+    models = [chain(), chain()]
+    optimizers = [build(model, "subspace") for model in models]
+    train(models[0], optimizers[0], 6)
+    models[1].load_state_dict(models[0].state_dict())
+    with warnings.catch_warnings():
+        # It makes the state by a step with gradients of zero; GaLore says that they make no basis.
+        warnings.filterwarnings("ignore", message="GaLore: a gradient was zero")
+        named = copy.deepcopy(get_optimizer_state_dict(models[0], optimizers[0]))
+        assert set(named["state"]) == {name for name, _ in models[0].named_parameters()}
+        set_optimizer_state_dict(models[1], optimizers[1], named)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(6, 12))
+    assert_identical(*map(snapshot, models))
 
 
 def test_bases_and_moments_of_half_precision_weights_are_float32() -> None:

@@ -34,7 +34,7 @@ from loraloom.optim.galore_compact import (
     whole,
 )
 from loraloom.optim.galore_groups import project_groups
-from loraloom.optim.galore_layerwise import project_during_backward
+from loraloom.optim.galore_layerwise import leave_gradients, project_during_backward
 from loraloom.optim.galore_options import check_options
 from loraloom.optim.galore_projection import Bases, Side, change_of_bases, project, random_bases
 from loraloom.optim.galore_state import check_saved_groups, joined_state, on_device, split_state
@@ -153,6 +153,8 @@ class GaLore(Optimizer):
             if self.layerwise:
                 group["params"][i] = slot.compact
                 project_during_backward(self, slot)
+            else:
+                leave_gradients(p)
             self.projected[group["params"][i]] = slot
         if too_small:
             self._report(
@@ -291,7 +293,7 @@ class GaLore(Optimizer):
         Raises:
             ValueError: the state is another optimizer's, or has another rank or side.
         """
-        own, inner = split_state(state_dict["state"])
+        own, inner = split_state(state_dict)
         check_saved_groups(self.param_groups, state_dict["param_groups"])
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]

@@ -9,24 +9,37 @@ GradScaler and clipping over ``param_groups`` work as they do elsewhere.
 The basis is renewed from the first micro-batch's gradient of a step, because the sum of all is never there.
 """
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from loraloom.optim.galore_compact import Projected
 
 if TYPE_CHECKING:
     from loraloom.optim.galore import GaLore
 
+# The hook of each weight. A second optimizer over the same model would find no gradient if the first one's stayed.
+_hooks = WeakTensorKeyDictionary()
+
 
 def project_during_backward(optimizer: "GaLore", slot: Projected) -> None:
-    """Have the optimizer receive and free a weight's gradient as soon as it is there."""
+    """Have the optimizer receive and free a weight's gradient as soon as it is there, until another takes over."""
+    reference = weakref.ref(optimizer)
 
     def receive(weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        if gradient is not None:
+        if (owner := reference()) is not None and weight.grad is not None:
+            gradient, weight.grad = weight.grad, None
             with torch.no_grad():
-                optimizer.receive(slot, gradient)
+                owner.receive(slot, gradient)
 
-    slot.weight.register_post_accumulate_grad_hook(receive)
+    leave_gradients(slot.weight)
+    _hooks[slot.weight] = slot.weight.register_post_accumulate_grad_hook(receive)
+
+
+def leave_gradients(weight: Tensor) -> None:
+    """End what `project_during_backward` began for a weight, whichever optimizer began it."""
+    if weight in _hooks:
+        _hooks.pop(weight).remove()

@@ -24,8 +24,10 @@ def joined_state(own: State, inner: State) -> State:
     return joined
 
 
-def split_state(joined: State) -> tuple[State, State]:
-    """The inverse of `joined_state`."""
+def split_state(state_dict: dict[str, Any]) -> tuple[State, State]:
+    """The inverse of `joined_state`, from a whole state dict, which may have names in place of the numbers."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    joined = {i: state_dict["state"][key] for i, key in enumerate(keys) if key in state_dict["state"]}
     own = {i: {key: value for key, value in values.items() if key != "inner"} for i, values in joined.items()}
     inner = {i: values["inner"] for i, values in joined.items() if "inner" in values}
     return {i: values for i, values in own.items() if values}, inner
