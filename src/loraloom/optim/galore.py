@@ -149,6 +149,9 @@ class GaLore(Optimizer):
                     "a weight is sharded by FSDP2, where residual=True, refresh='random', layerwise=True and "
                     "process_group can't be used; leave them out, or use DDP"
                 )
+            if self._needs_gradient and group["side"] == "full":
+                option = "residual=True" if self.residual else "refresh='random'"
+                raise ValueError(f"{option} scales channels, and side='full' leaves none; use side='std'")
             slot = projected(p, len(self.projected), len(self.param_groups) - 1, group["rank"], group["side"])
             if self.layerwise:
                 group["params"][i] = slot.compact
@@ -157,9 +160,10 @@ class GaLore(Optimizer):
                 leave_gradients(p)
             self.projected[group["params"][i]] = slot
         if too_small:
-            self._report(
+            self._report_once(
+                "small",
                 f"{len(too_small)} matrices with a side of rank={group['rank']} or less are not projected and get the "
-                f"inner optimizer as it is, for example {too_small[0]}"
+                f"inner optimizer as it is, for example {too_small[0]}",
             )
         if hasattr(self, "inner"):
             self.inner.add_param_group(self._inner_group(group))
@@ -208,7 +212,8 @@ class GaLore(Optimizer):
             nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.max_grad_norm)
         active = finite(slots)
         if len(active) < len(slots):
-            self._report(f"{len(slots) - len(active)} gradients are not finite; their weights are left out of the step")
+            count = len(slots) - len(active)
+            self._report_once("left out", f"{count} gradients are not finite; their weights are left out of the step")
         for slot in active:
             fill_with_zeros(slot.compact)
         self.inner.step()
@@ -250,7 +255,9 @@ class GaLore(Optimizer):
         largest = float(G.abs().max())
         if not 0 < largest < float("inf"):
             kind = "zero" if largest == 0 else "not finite"
-            self._report(f"a gradient was {kind} when its basis was to be renewed; the basis stays as it was")
+            self._report_once(
+                kind, f"a gradient was {kind} when its basis was to be renewed; the basis stays as it was"
+            )
             return
         old: Bases = (state.get("left"), state.get("right"))
         new = renewed_bases(self.refresh, G, slot, old, self.seed, state["step"])
@@ -270,11 +277,12 @@ class GaLore(Optimizer):
     def _apply(self, slot: Projected) -> None:
         """Move a weight by what the inner optimizer has made of zeros, and free the compact tensors."""
         state, group = self._state(slot), self.param_groups[slot.group]
-        lr, scale, bases = float(group["lr"]), group["scale"], self._bases(slot)
-        if self.refresh != "random":
+        lr, scale = float(group["lr"]), group["scale"]
+        bases = None if self.refresh == "random" else self._bases(slot)
+        if bases is not None:
             add_projected_step_(slot, bases, scale)
         if self._needs_gradient and lr:
-            state["norm"] = add_scaled_gradient_(slot, bases if self.residual else None, lr, scale, state.get("norm"))
+            state["norm"] = add_scaled_gradient_(slot, bases, lr, scale, state.get("norm"))
         if group["weight_decay"]:
             slot.weight.mul_(1 - lr * group["weight_decay"])
         slot.compact.grad = None
@@ -321,16 +329,15 @@ class GaLore(Optimizer):
             kept = {id(p) for p in self._stand_ins(group)}
             if not kept <= {id(p) for p in inner_group["params"]}:
                 raise ValueError(
-                    "param_groups hold a parameter that GaLore was not given; use add_param_group. DeepSpeed ZeRO "
-                    "replaces the weights by flat vectors and can't be used with GaLore; DDP and FSDP2 can"
+                    "param_groups hold a parameter that GaLore was not given; use add_param_group, and build GaLore "
+                    "after fully_shard. DeepSpeed ZeRO replaces the weights by flat vectors and can't be used with it"
                 )
             for p in inner_group["params"]:
                 if id(p) not in kept:  # it was removed from the groups
                     self.inner.state.pop(p, None)
             inner_group |= self._inner_group(group)
 
-    def _report(self, message: str) -> None:
-        kind = message.split(" ", 1)[1][:40]
+    def _report_once(self, kind: str, message: str) -> None:
         if kind not in self._reported:
             self._reported.add(kind)
             warnings.warn(f"GaLore: {message}", stacklevel=3)

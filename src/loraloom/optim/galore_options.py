@@ -19,8 +19,6 @@ def check_options(
     if refresh not in ("subspace", "svd", "random"):
         raise ValueError(f"refresh={refresh!r} is unknown; use 'subspace', 'svd' or 'random'")
     whole = "residual=True" if residual else "refresh='random'" if refresh == "random" else ""
-    if whole and side == "full":
-        raise ValueError(f"{whole} scales channels, and side='full' leaves none; use side='std'")
     if whole and (layerwise or process_group is not None):
         other = "layerwise=True" if layerwise else "process_group"
         raise ValueError(f"{whole} needs the whole gradient at the step, which {other} never has; leave one out")
