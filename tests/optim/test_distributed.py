@@ -1,6 +1,7 @@
 """WeightAdam on two processes: DDP and FSDP2 take the steps that one process takes on the whole batch."""
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ def worker(rank: int, start: GatedModel, folder: str) -> None:
 
     torch.save({"ddp": whole(replicated), "fsdp": whole(sharded)}, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # DDP's and gloo's destructors, run after the group is gone, have been seen to wait for ever
 
 
 def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 python distributed_worker.py MODE RANK DIRECTORY
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def main(rank: int, directory: Path) -> None:
             save_file(state, directory / f"{mode}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # DDP's and gloo's destructors, run after the group is gone, have been seen to wait for ever
 
 
 if __name__ == "__main__":
