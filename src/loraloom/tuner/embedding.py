@@ -5,8 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraloom.functional import rescale, scale
 from loraloom.tuner.config import LoomConfig
-from loraloom.tuner.functional import rescale, scale
 from loraloom.tuner.layer import LoomLayer
 
 

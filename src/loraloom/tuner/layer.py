@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraloom.functional import Term, adapted_row_norm, compute_dtype, delta_weight, fold, squared_row_norm
 from loraloom.tuner import initialization
 from loraloom.tuner.config import LoomConfig
-from loraloom.tuner.functional import Term, adapted_row_norm, compute_dtype, delta_weight, fold, squared_row_norm
 from loraloom.tuner.quantized import restore, snapshot
 from loraloom.tuner.registration import BaseTunerLayer, check_adapters_to_merge, gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache

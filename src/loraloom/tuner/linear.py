@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraloom.functional import adapted_linear, stack
 from loraloom.tuner.config import LoomConfig
-from loraloom.tuner.functional import adapted_linear, stack
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.registration import features_of
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loraloom.tuner.functional import Term, adapted_row_norm, fold, squared_row_norm
+from loraloom.functional import Term, adapted_row_norm, fold, squared_row_norm
 
 _SAMPLES = 128  # entries of the base weight that are compared besides its address and version
 

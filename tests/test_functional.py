@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
-from loraloom.tuner import autograd as loom_autograd
-from loraloom.tuner.functional import (
+from loraloom import autograd as loom_autograd
+from loraloom.functional import (
     Term,
     adapted_linear,
     adapted_row_norm,

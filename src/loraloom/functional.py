@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraloom.tuner.autograd import AdaptedLinear
+from loraloom.autograd import AdaptedLinear
 
 # Above this the node by hand, which works in one buffer of the output's size where autograd takes three, is the faster
 # way to DoRA, below it its Python costs more than that saves (measured on two CPU cores).
