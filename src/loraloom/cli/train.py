@@ -92,6 +92,12 @@ def show(result: "RunResult", console: Console) -> None:
     rows = [
         (name.replace("_", " "), f"{result.before[name]:.4f} -> {value:.4f}") for name, value in result.after.items()
     ]
+    if result.retention is not None:
+        after = result.retention["after"]
+        rows += [
+            (f"retention: {name.replace('_', ' ')}", f"{value:.4f} -> {after[name]:.4f}")
+            for name, value in result.retention["before"].items()
+        ]
     share = result.trainable_parameters / result.total_parameters
     rows += [
         ("trainable parameters", f"{result.trainable_parameters:,} of {result.total_parameters:,} ({share:.2%})"),

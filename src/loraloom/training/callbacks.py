@@ -148,7 +148,7 @@ class SpeedCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        self.evaluation_seconds += (metrics or {})["eval_runtime"]
+        self.evaluation_seconds += (metrics or {}).get("eval_runtime", 0.0)  # none for a second set, measured outside
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seconds = time.monotonic() - self.started - self.evaluation_seconds

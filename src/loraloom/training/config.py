@@ -60,6 +60,11 @@ class DataSection:
     """Use at most this many test rows, chosen by hash."""
     max_length: int = 256
     """Tokens after which a text is cut."""
+    retention: str | None = None
+    """A second set, of what must not be forgotten: as `path`. It is measured before and after training, by the loss
+    (causal-lm) or by a linear probe on the encoder, fitted before training (text-classification)."""
+    max_retention: int | None = None
+    """Use at most this many rows of it, chosen by hash."""
 
 
 @dataclass

@@ -114,6 +114,8 @@ class TrainingDisplay(TrainerCallback):
         **_: Any,
     ) -> None:
         self._remove("evaluation")
+        if "eval_loss" not in (metrics or {}):
+            return  # of another set than the test set
         values = [f"{(metrics or {})[f'eval_{name}']:.4f}" for name in self.metrics]
         seconds = f"{time.monotonic() - self.started:.0f}"
         self.table.add_row(f"{state.epoch or 0:.2f}", str(state.global_step), self.train_loss, *values, seconds)

@@ -37,6 +37,7 @@ from loraloom.training.loading import dump_config, load_config, unknown_key
 from loraloom.training.metrics import classification_metrics, peak_memory_bytes
 from loraloom.training.model import apply_method, load_base, load_tokenizer
 from loraloom.training.optimizer import run_optimizer
+from loraloom.training.retention import Retention, load_retention
 from loraloom.training.selection import Adapters, select_in
 from loraloom.training.trainers import CausalTrainer, ExactResumeTrainer
 
@@ -65,6 +66,8 @@ class RunResult:
     """Allocated on the GPU where there is one, else resident memory of the process."""
     wall_time_seconds: float
     output_dir: str
+    retention: dict[str, dict[str, float]] | None = None
+    """With data.retention: its metrics "before" and "after"."""
     adapters: Adapters | None = None
     """weightlora: rank and last gate of every adapter that was kept, null for one that was dropped, by module."""
 
@@ -95,6 +98,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     set_seed(config.training["seed"])
     with console.status("Reading data"):
         data = load_data(config.data, config.model.task)
+        retained = load_retention(config.data, config.model.task)
     with console.status("Loading the model"):
         tokenizer = load_tokenizer(config.model)
         base, new_modules = load_base(config.model, data.label_names, tokenizer)
@@ -105,7 +109,10 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         lambda: console.print("Finishing this step and saving a checkpoint; Ctrl-C again stops at once.")
     )
     watched = str(model.base_model.prefix) if isinstance(model, PeftModel) else ""
-    trainer = build_trainer(config, model, tokenizer, data, [SanityCallback(watched), speed, interrupt, display])
+    callbacks = [SanityCallback(watched), speed, interrupt, display]
+    trainer = build_trainer(config, model, tokenizer, data, callbacks, retained)
+    if retained is not None and trainer.is_fsdp_enabled:
+        raise InputError("data.retention does not work with FSDP: measure it on the saved adapter, on one device")
     if not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
         optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
         console.print(format_param_groups(optimizer.param_groups), highlight=False)
@@ -113,6 +120,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     write_text_atomically(output / RESOLVED, dump_config(config))
     with display.showing(), interrupt.listening():
         before = evaluate(trainer, config)
+        retention = None if retained is None else Retention(trainer, config, tokenizer, retained)
         if selection is not None and checkpoint is not None:
             selection.resume(Path(checkpoint))  # not earlier: `before` is of the model with all adapters
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -121,6 +129,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
             saved = output / CHECKPOINTS / f"checkpoint-{state.global_step}"
             raise RunInterruptedError(f"stopped after step {state.global_step} of {state.max_steps}; saved {saved}")
         after = _last_evaluation(trainer, config) or evaluate(trainer, config)
+        retention_metrics = None if retention is None else {"before": retention.before, "after": retention.measure()}
     trainer.save_model(str(output))
     trainable, total = count_parameters(model)
     result = RunResult(
@@ -138,6 +147,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         peak_memory_bytes=peak_memory_bytes(),
         wall_time_seconds=round(time.monotonic() - started, 2),
         output_dir=str(output),
+        retention=retention_metrics,
         adapters=None if selection is None else selection.adapters(),
     )
     if trainer.is_world_process_zero():
@@ -155,6 +165,7 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: RunData,
     callbacks: list[TrainerCallback],
+    retained: RunData | None = None,
 ) -> Trainer:
     """The trainer of the run's task.
 
@@ -192,9 +203,16 @@ def build_trainer(
         except ValueError as error:
             raise InputError(f"optimizer: {error}") from error
     if causal:
-        if "messages" in data.train.column_names and tokenizer.chat_template is None:
-            raise InputError(f"data.path {config.data.path!r} holds chats, and the tokenizer has no chat template")
-        trainer: Trainer = CausalTrainer(train_dataset=data.train, eval_dataset=data.test, **common)
+        for rows, key in ((data, "path"), (retained, "retention")):
+            if rows is not None and "messages" in rows.test.column_names and tokenizer.chat_template is None:
+                name = getattr(config.data, key)
+                raise InputError(f"data.{key} {name!r} holds chats, and the tokenizer has no chat template")
+        trainer: Trainer = CausalTrainer(
+            train_dataset=data.train,
+            eval_dataset=data.test,
+            retained=None if retained is None else retained.test,
+            **common,
+        )
     else:
         trainer = ExactResumeTrainer(
             train_dataset=tokenize(data.train, tokenizer, config.data.max_length),

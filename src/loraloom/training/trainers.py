@@ -70,6 +70,15 @@ class CausalTrainer(ExactResumeTrainer, SFTTrainer):
     _loss_sum: torch.Tensor
     _tokens: torch.Tensor
 
+    def __init__(self, *, eval_dataset: Dataset, retained: Dataset | None = None, **kwargs: Any) -> None:
+        # Given together, both are prepared for the model in the one way that SFTTrainer has.
+        sets = eval_dataset if retained is None else {"test": eval_dataset, "retained": retained}
+        super().__init__(eval_dataset=sets, **kwargs)
+        self.retained: Dataset | None = None
+        if retained is not None:
+            prepared = cast(dict[str, Dataset], self.eval_dataset)
+            self.eval_dataset, self.retained = prepared["test"], prepared["retained"]
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None):
         outcome = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # Causal models predict token t + 1 at t, so the first label of a row is no target.
