@@ -3,7 +3,7 @@
 A byte-level Llama of 1.1M parameters is trained from scratch on the sources of the standard library's modules; the loss
 is that of other modules. The methods differ in how the matrices of the linear layers are trained; embeddings, output
 and norms are trained in full, by AdamW at one rate, in every run. Every method gets the same effort: with one seed and
-a quarter of the steps its rate is searched on a ladder of factors of two, three rungs around a first guess and one more
+half of the steps its rate is searched on a ladder of factors of two, three rungs around a first guess and one more
 wherever the best is at an end; then it is trained with each seed at the best rate. Every run is written as soon as it
 is over, and not repeated.
 
@@ -142,10 +142,10 @@ def best_rate(runs: Runs, method: str, steps: int) -> tuple[float, int]:
         losses[rate] = runs.loss(method, rate, 100, steps)
 
 
-def summary(runs: Runs, seeds: int, steps: int) -> list[dict[str, Any]]:
+def summary(runs: Runs, methods: list[str], seeds: int, steps: int) -> list[dict[str, Any]]:
     rows = []
-    for method in METHODS:
-        rate, tried = best_rate(runs, method, steps // 4)
+    for method in methods:
+        rate, tried = best_rate(runs, method, steps // 2)
         losses = [runs.loss(method, rate, seed, steps) for seed in range(seeds)]
         row = {"method": method, "rates tried": tried, "rate": rate, "loss": statistics.mean(losses)}
         rows.append({**row, "spread": statistics.stdev(losses), "least": min(losses), "most": max(losses)})
@@ -184,16 +184,18 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=["search", "train", "times"])
     parser.add_argument("--out", type=Path, required=True, help="json file, read and extended")
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each method")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each final run, of 1024 bytes")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each final run, of 1024 bytes")
+    parser.add_argument("--only", nargs="+", choices=METHODS, help="methods to search or train; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     runs = Runs(arguments.out)
+    methods = [method for method in METHODS if method in (arguments.only or METHODS)]
     if "search" in arguments.parts:
-        for method in METHODS:
-            best_rate(runs, method, arguments.steps // 4)
+        for method in methods:
+            best_rate(runs, method, arguments.steps // 2)
     if "train" in arguments.parts:
-        runs.content["train"] = summary(runs, arguments.seeds, arguments.steps)
+        runs.content["train"] = summary(runs, methods, arguments.seeds, arguments.steps)
         show("train", runs.content["train"])
     if "times" in arguments.parts:
         runs.content["times"] = times(runs.text[0])
