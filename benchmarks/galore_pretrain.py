@@ -143,9 +143,12 @@ def best_rate(runs: Runs, method: str, steps: int) -> tuple[float, int]:
 
 
 def summary(runs: Runs, methods: list[str], seeds: int, steps: int) -> list[dict[str, Any]]:
+    rates = {method: best_rate(runs, method, steps // 2) for method in methods}
+    for seed in range(seeds):  # outermost, so that a run that is cut short has compared all methods
+        for method, (rate, _) in rates.items():
+            runs.loss(method, rate, seed, steps)
     rows = []
-    for method in methods:
-        rate, tried = best_rate(runs, method, steps // 2)
+    for method, (rate, tried) in rates.items():
         losses = [runs.loss(method, rate, seed, steps) for seed in range(seeds)]
         row = {"method": method, "rates tried": tried, "rate": rate, "loss": statistics.mean(losses)}
         rows.append({**row, "spread": statistics.stdev(losses), "least": min(losses), "most": max(losses)})
