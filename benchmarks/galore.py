@@ -1,41 +1,37 @@
-"""GaLore beside AdamW and galore-torch: cost of a refresh, quality of the basis, step time, state, and loss.
+"""GaLore beside AdamW and galore-torch: cost of a refresh, quality of the basis, step time, and state.
 
-Four parts, each printed as a table and written to one json file:
+Three parts, each printed as a table and written to one json file:
 
-    refresh    CPU seconds for one new basis: a full SVD, and subspace iteration from an old basis, in turn
+    refresh    CPU seconds for one new basis: galore-torch's SVD, and subspace iteration from an old basis, in turn
     overlap    MiniLM is trained on the standard library's docstrings; the basis that follows its gradients by
                subspace iteration is compared with the exact one of the same gradient
     step       CPU seconds of optimizer steps on the weights of one transformer block
-    pretrain   a byte-level Llama on the standard library's sources, a fixed number of tokens: loss on held-out files,
-               bytes of optimizer state, CPU seconds of a whole step
 
 Times are CPU time of one thread, so that other processes disturb them least; contenders take turns in one process, and
 a number is the least of its rounds.
 
-    python benchmarks/galore.py refresh overlap step pretrain --out galore.json
+    python benchmarks/galore.py refresh overlap step --out docs/benchmarks/galore_cpu.json
 """
 
 import argparse
 import json
 import random
 import statistics
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from galore_torch import GaLoreAdamW
-from peft import get_peft_model
+from galore_torch.galore_projector import GaLoreProjector
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loraloom import LoomConfig
-from loraloom.optim import GaLore, build_optimizer, build_param_groups, project_groups, state_bytes
+from loraloom.optim import GaLore, state_bytes
 from loraloom.optim.galore_projection import project, sides_of, subspace_bases, svd_bases
 from loraloom.training.model import model_path
 from loraloom.training.stdlib_docstrings import stdlib_docstrings
@@ -57,7 +53,7 @@ def gradient(m: int, n: int, seed: int) -> Tensor:
 
 
 def refresh() -> list[dict[str, Any]]:
-    rows = []
+    rows, peer = [], GaLoreProjector(RANK)
     for width in (768, 2048, 4096):
         G, sides = gradient(width, width, 0), (False, True)
         old = subspace_bases(gradient(width, width, 1), RANK, sides, (None, None), torch.Generator().manual_seed(0))
@@ -65,7 +61,7 @@ def refresh() -> list[dict[str, Any]]:
         times: dict[str, list[float]] = {"svd": [], "subspace": [], "floor": []}
         for r in range(5):
             if r < (3 if width < 2048 else 1):
-                times["svd"].append(seconds(lambda G=G, s=sides: svd_bases(G, RANK, s)))
+                times["svd"].append(seconds(lambda G=G: peer.get_orthogonal_matrix(G, RANK, type="right")))
             generator = torch.Generator().manual_seed(r)
             times["subspace"].append(
                 seconds(lambda G=G, o=old, g=generator: subspace_bases(G, RANK, (False, True), o, g))
@@ -76,7 +72,7 @@ def refresh() -> list[dict[str, Any]]:
     return rows
 
 
-def overlap(steps: int = 31, every: int = 10) -> list[dict[str, Any]]:
+def overlap(steps: int = 41, every: int = 10) -> list[dict[str, Any]]:
     path = model_path("builtin:minilm")
     texts, labels, _ = stdlib_docstrings()
     names = sorted(set(labels))
@@ -161,80 +157,6 @@ def step(width: int = 768, gap: int = 200) -> list[dict[str, Any]]:
     return rows
 
 
-def sources() -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library's modules, for training and (every tenth file) for the loss that is reported."""
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for i, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
-        parts[i % 10 == 0].append(path.read_bytes())
-    train, held_out = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8).long() for part in parts)
-    return train, held_out
-
-
-def batches(text: Tensor, seed: int, rows: int, length: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(text) - length, (rows,), generator=generator)
-        yield torch.stack([text[i : i + length] for i in starts.tolist()])
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "AdamW": {"lr": 3e-3},
-    "GaLore svd": {"refresh": "svd", "stagger": False, "lr": 1e-2, "scale": 0.5},
-    "GaLore subspace": {"lr": 1e-2, "scale": 0.5},
-    "Fira": {"residual": True, "lr": 1e-2, "scale": 0.5},
-    "APOLLO": {"refresh": "random", "lr": 1e-2, "scale": 1.0},
-    "LoRA": {"lr": 1e-2},
-}
-
-
-def pretrain(seeds: int, steps: int, rank: int = 32, lr: float | None = None, only: str = "") -> list[dict[str, Any]]:
-    text, held_out = sources()
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    validation = next(batches(held_out, 0, 32, 128))
-    rows = []
-    for name, options in METHODS.items():
-        if only not in name:
-            continue
-        options, losses, times = {**options, **({"lr": lr} if lr else {})}, [], []
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            model: nn.Module = LlamaForCausalLM(config)
-            if name == "LoRA":
-                model = get_peft_model(model, LoomConfig.lora(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-                for key, p in model.named_parameters():
-                    p.requires_grad_(p.requires_grad or "proj" not in key)
-            if name in ("AdamW", "LoRA"):
-                optimizer = build_optimizer(model, "adamw", weight_decay=0.0, **options)
-            else:
-                groups = project_groups(model, build_param_groups(model, options["lr"], weight_decay=0.0))
-                for group in groups:
-                    if group["name"] != "projected":
-                        group["lr"] = METHODS["AdamW"]["lr"]
-                optimizer = GaLore(groups, rank=rank, update_gap=50, **options)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda t: min(1.0, (t + 1) / (0.1 * steps)) * (1 - 0.9 * t / steps)
-            )
-            data = batches(text, seed, 8, 128)
-            start = time.process_time()
-            for _ in range(steps):
-                tokens = next(data)
-                optimizer.zero_grad()
-                model(input_ids=tokens, labels=tokens).loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-            times.append((time.process_time() - start) / steps)
-            with torch.no_grad():
-                losses.append(model.eval()(input_ids=validation, labels=validation).loss.item())
-        row = {"method": name, "lr": options["lr"], "loss": statistics.mean(losses), "least": min(losses)}
-        row |= {"most": max(losses), "state MiB": state_bytes(optimizer) / 2**20, "step": min(times)}
-        rows.append(row)
-    return rows
-
-
 def show(name: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=name)
     for row in rows:
@@ -244,23 +166,17 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["refresh", "overlap", "step", "pretrain"])
-    parser.add_argument("--out", type=Path, help="json file for the numbers")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method in pretrain")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each run in pretrain, of 1024 bytes")
-    parser.add_argument("--lr", type=float, help="one learning rate for all methods in pretrain")
-    parser.add_argument("--only", default="", help="methods in pretrain whose name contains this")
+    parser.add_argument("parts", nargs="+", choices=["refresh", "overlap", "step"])
+    parser.add_argument("--out", type=Path, help="json file for the numbers; other parts in it stay")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
     for part in arguments.parts:
-        if part == "pretrain":
-            results[part] = pretrain(arguments.seeds, arguments.steps, lr=arguments.lr, only=arguments.only)
-        else:
-            results[part] = {"refresh": refresh, "overlap": overlap, "step": step}[part]()
+        results[part] = {"refresh": refresh, "overlap": overlap, "step": step}[part]()
         show(part, results[part])
     if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        earlier = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+        arguments.out.write_text(json.dumps({**earlier, **results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

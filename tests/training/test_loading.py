@@ -135,6 +135,7 @@ def test_later_overrides_win_and_keep_strings_strings(tmp_path):
             "method: {name: weightlora}\ntraining: {load_best_model_at_end: true}",
             ["training.load_best_model_at_end cannot", "set it to false"],
         ),
+        ("optimizer: {name: galore}", ["'galore' is for whole weights", "set method.name to 'full'"]),
         ("optimizer: {name: adamv}", ["optimizer.name: 'adamv'", "did you mean 'adamw'"]),
         ("optimizer: {learning_rate: 1e-3}", ["unknown key optimizer.learning_rate", "belongs to section 'training'"]),
         ("optimizer: {betas: [0.9]}", ["optimizer.betas: [0.9] is not two numbers"]),

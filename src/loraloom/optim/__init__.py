@@ -2,7 +2,8 @@
 
 from loraloom.optim.build import OPTIMIZERS, build_optimizer, check_optimizer_options, trainer_optimizer
 from loraloom.optim.galore import GaLore
-from loraloom.optim.galore_groups import format_galore, project_groups, state_bytes
+from loraloom.optim.galore_groups import project_groups
+from loraloom.optim.memory import Memory, adamw_memory, expected_memory, format_galore, state_bytes
 from loraloom.optim.param_groups import build_param_groups, format_param_groups
 from loraloom.optim.projections import (
     Constraint,
@@ -21,12 +22,15 @@ __all__ = [
     "Constraint",
     "GaLore",
     "KSparse",
+    "Memory",
     "Simplex",
     "SimplexKSparse",
     "WeightAdam",
+    "adamw_memory",
     "build_optimizer",
     "build_param_groups",
     "check_optimizer_options",
+    "expected_memory",
     "format_galore",
     "format_param_groups",
     "project_groups",

@@ -41,16 +41,16 @@ OPTIMIZERS = {
         (
             *("rank", "update_gap", "scale", "side", "refresh", "stagger", "rotate_moments", "residual", "layerwise"),
             *("max_grad_norm", "process_group", "seed", "inner", "target_modules"),
-            *(*_TORCH, "amsgrad", "momentum", "nesterov", "min_8bit_size"),  # the inner optimizer's
+            *(*_TORCH, "amsgrad", "momentum", "nesterov", "min_8bit_size"),  # of one or other inner optimizer
         ),
     ),
 }
 # What GaLore's `inner` may be called; a class will do as well.
 INNER = {
-    "adamw": ("torch.optim", "AdamW"),
-    "sgd": ("torch.optim", "SGD"),
-    "adafactor": ("torch.optim", "Adafactor"),
-    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "adamw": OPTIMIZERS["adamw"],
+    "sgd": Choice("torch.optim", "SGD", ("momentum", "nesterov", "foreach", "fused")),
+    "adafactor": Choice("torch.optim", "Adafactor", ("foreach",)),
+    "adamw_8bit": OPTIMIZERS["adamw_8bit"],
 }
 # Honoured by all: they are decided in the parameter groups.
 GROUP_OPTIONS = ("lr", "weight_decay", "lora_plus_ratio", "gate_lr", "head_lr", "logit_lr")
@@ -103,8 +103,7 @@ def build_optimizer(
     if name == "galore":
         groups = project_groups(model, groups, options.pop("target_modules", None))
         if isinstance(inner := options.get("inner"), str):
-            inner_module, class_name = INNER[inner]
-            options["inner"] = getattr(_import(inner_module, inner), class_name)
+            options["inner"] = getattr(_import(INNER[inner].module, inner), INNER[inner].class_name)
     return getattr(module, choice.class_name)(groups, lr=lr, **options)
 
 
@@ -129,8 +128,8 @@ def check_optimizer_options(name: str, options: dict[str, Any]) -> None:
     """Raise ValueError if the optimizer is unknown or would not honour one of the options."""
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer {name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
-    if name == "galore" and isinstance(inner := options.get("inner"), str) and inner not in INNER:
-        raise ValueError(f"inner={inner!r} is unknown; use one of {', '.join(INNER)}, or an optimizer's class")
+    if name == "galore" and isinstance(inner := options.get("inner", "adamw"), str):
+        _check_inner_options(inner, options)
     for option, value in options.items():
         if option in OPTIMIZERS[name].options:
             continue
@@ -139,6 +138,18 @@ def check_optimizer_options(name: str, options: dict[str, Any]) -> None:
         known = sorted({*GROUP_OPTIONS, *(o for choice in OPTIMIZERS.values() for o in choice.options)})
         nearest = difflib.get_close_matches(option, known, n=1) or known
         raise ValueError(f"option {option}={value!r} is unknown to every optimizer; did you mean {', '.join(nearest)}?")
+
+
+def _check_inner_options(inner: str, options: dict[str, Any]) -> None:
+    if inner not in INNER:
+        raise ValueError(f"inner={inner!r} is unknown; use one of {', '.join(INNER)}, or an optimizer's class")
+    for option, value in options.items():
+        takers = [other for other, choice in INNER.items() if option in choice.options]
+        if takers and inner not in takers:
+            raise ValueError(
+                f"optimizer 'galore' with inner={inner!r} can't honour {option}={value!r}; inner can be: "
+                f"{', '.join(takers)}"
+            )
 
 
 def _import(module: str, optimizer: str) -> ModuleType:

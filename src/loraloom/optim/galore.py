@@ -34,18 +34,15 @@ from loraloom.optim.galore_compact import (
     whole,
 )
 from loraloom.optim.galore_groups import project_groups
+from loraloom.optim.galore_inner import OuterOptimizer, complete
 from loraloom.optim.galore_layerwise import leave_gradients, project_during_backward
 from loraloom.optim.galore_options import check_options
 from loraloom.optim.galore_projection import Bases, Side, change_of_bases, project, random_bases
-from loraloom.optim.galore_state import check_saved_groups, joined_state, on_device, split_state
 from loraloom.optim.galore_update import add_projected_step_, add_scaled_gradient_, finite, renewed_bases
 from loraloom.optim.param_groups import build_param_groups
 
-# Keys of our groups that the inner optimizer does not get; decay is applied here, to the whole weight.
-_OURS = {"params", "param_names", "name", "is_gate", "rank", "update_gap", "scale", "side", "weight_decay"}
 
-
-class GaLore(Optimizer):
+class GaLore(OuterOptimizer):
     """Any torch optimizer with its state in the leading subspace of each weight's gradient.
 
     Args:
@@ -115,7 +112,7 @@ class GaLore(Optimizer):
         self.refresh, self.stagger, self.residual, self.layerwise = refresh, stagger, residual, layerwise
         self.rotate_moments, self.max_grad_norm, self.seed = rotate_moments, max_grad_norm, seed
         self.process_group = process_group
-        self.projected: dict[Tensor, Projected] = {}  # by the tensor in param_groups
+        self.projected = {}
         self._reported: set[str] = set()
         if isinstance(params, nn.Module):
             params = project_groups(params, build_param_groups(params, lr, weight_decay=weight_decay))
@@ -128,10 +125,7 @@ class GaLore(Optimizer):
             )
         if inner is torch.optim.Adafactor:
             inner_options.setdefault("eps", (None, 1.0))
-        self.inner = inner([self._inner_group(group) for group in self.param_groups], **inner_options)
-        for group, inner_group in zip(self.param_groups, self.inner.param_groups, strict=True):
-            _complete(group, inner_group)
-        _complete(self.defaults, self.inner.defaults)
+        self.adopt(inner([self.inner_group(group) for group in self.param_groups], **inner_options))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group is projected with its own rank, side, scale and update_gap if it sets them."""
@@ -166,8 +160,8 @@ class GaLore(Optimizer):
                 f"inner optimizer as it is, for example {too_small[0]}",
             )
         if hasattr(self, "inner"):
-            self.inner.add_param_group(self._inner_group(group))
-            _complete(group, self.inner.param_groups[-1])
+            self.inner.add_param_group(self.inner_group(group))
+            complete(group, self.inner.param_groups[-1])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -193,7 +187,7 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._synchronise()
+        self.synchronise()
         slots = []
         for group in self.param_groups:
             for p in group["params"]:
@@ -289,26 +283,6 @@ class GaLore(Optimizer):
         free(slot.compact)
         state["step"] += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's: tensors and numbers only. The inner optimizer's state of a parameter is under "inner"."""
-        result = super().state_dict()
-        # Both number their parameters in the order of the same groups.
-        return {**result, "state": joined_state(result["state"], self.inner.state_dict()["state"])}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but bases keep their precision, where torch casts them to the weight's.
-
-        Raises:
-            ValueError: the state is another optimizer's, or has another rank or side.
-        """
-        own, inner = split_state(state_dict)
-        check_saved_groups(self.param_groups, state_dict["param_groups"])
-        super().load_state_dict({**state_dict, "state": {}})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self.state.update({parameters[i]: on_device(values, parameters[i].device) for i, values in own.items()})
-        self.inner.load_state_dict({**self.inner.state_dict(), "state": inner})
-        self._synchronise()
-
     @property
     def _needs_gradient(self) -> bool:
         return self.residual or self.refresh == "random"
@@ -316,35 +290,7 @@ class GaLore(Optimizer):
     def _state(self, slot: Projected) -> dict[str, Any]:
         return self.state[slot.compact if self.layerwise else slot.weight]
 
-    def _stand_ins(self, group: dict[str, Any]) -> list[Tensor]:
-        return [self.projected[p].compact if p in self.projected else p for p in group["params"]]
-
-    def _inner_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        options = {key: value for key, value in group.items() if key not in _OURS}
-        return {**options, "params": self._stand_ins(group), "weight_decay": 0.0}
-
-    def _synchronise(self) -> None:
-        """Give the inner optimizer the rates and other options that the groups have now, and their parameters."""
-        for group, inner_group in zip(self.param_groups, self.inner.param_groups, strict=True):
-            kept = {id(p) for p in self._stand_ins(group)}
-            if not kept <= {id(p) for p in inner_group["params"]}:
-                raise ValueError(
-                    "param_groups hold a parameter that GaLore was not given; use add_param_group, and build GaLore "
-                    "after fully_shard. DeepSpeed ZeRO replaces the weights by flat vectors and can't be used with it"
-                )
-            for p in inner_group["params"]:
-                if id(p) not in kept:  # it was removed from the groups
-                    self.inner.state.pop(p, None)
-            inner_group |= self._inner_group(group)
-
     def _report_once(self, kind: str, message: str) -> None:
         if kind not in self._reported:
             self._reported.add(kind)
             warnings.warn(f"GaLore: {message}", stacklevel=3)
-
-
-def _complete(group: dict[str, Any], options: dict[str, Any]) -> None:
-    """Add the inner optimizer's options, so that schedulers of momentum find them and the groups can override them."""
-    for key, value in options.items():
-        if key not in _OURS:
-            group.setdefault(key, value)

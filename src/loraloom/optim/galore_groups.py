@@ -1,15 +1,10 @@
-"""Which weights of a model GaLore projects, and a table that says so."""
+"""Which weights of a model GaLore projects."""
 
 import fnmatch
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from loraloom.optim.galore import GaLore
 
 
 def project_groups(
@@ -59,50 +54,3 @@ def project_groups(
         if rest := [p for p in group["params"] if id(p) not in chosen]:
             result.append({**group, "params": rest, "rank": None})
     return result
-
-
-def format_galore(optimizer: "GaLore") -> str:
-    """What GaLore does with each kind of parameter, as a table of text: shape, treatment, tensors, parameters, state.
-
-    The last column is the bytes of optimizer state that exist so far; before the first step there are none.
-    """
-    rows: dict[tuple[str, str], list[int]] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            slot = optimizer.projected.get(p)
-            weight = p if slot is None else slot.weight
-            if slot is not None:
-                treatment = f"{'full' if all(slot.sides) else 'left' if slot.sides[0] else 'right'}, rank {slot.rank}"
-            elif group["rank"] is None or p.ndim != 2:
-                treatment = "not projected"
-            else:
-                treatment = f"not projected: a side <= {group['rank']}"
-            row = rows.setdefault((" x ".join(map(str, weight.shape)), treatment), [0, 0, 0])
-            row[0] += 1
-            row[1] += weight.numel()
-            inner = optimizer.inner.state.get(p if slot is None else slot.compact, {})
-            row[2] += _bytes([optimizer.state.get(p, {}), inner])
-    totals = [sum(column) for column in zip(*rows.values(), strict=True)]
-    cells = [["shape", "treatment", "tensors", "parameters", "state bytes"]]
-    cells += [[*key, *(f"{count:,}" for count in counts)] for key, counts in rows.items()]
-    cells.append(["total", "", *(f"{count:,}" for count in totals)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    )
-
-
-def state_bytes(optimizer: "Optimizer") -> int:
-    """Bytes of the tensors in an optimizer's state, whichever optimizer it is."""
-    return _bytes(optimizer.state_dict()["state"])
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return 0
-    return sum(map(_bytes, value))

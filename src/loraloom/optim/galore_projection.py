@@ -16,6 +16,9 @@ from torch import Tensor
 Side = Literal["std", "reverse_std", "left", "right", "full"]
 Bases = tuple[Tensor | None, Tensor | None]
 SIDES: tuple[Side, ...] = ("std", "reverse_std", "left", "right", "full")
+# Gaussian columns beside a basis that is renewed. The cut at the rank falls between nearly equal singular values, and
+# only columns beyond it tell them apart; this many cost less than a second iteration, and nothing at small ranks.
+OVERSAMPLING = 32
 
 
 def sides_of(side: Side, shape: tuple[int, int]) -> tuple[bool, bool]:
@@ -63,7 +66,7 @@ def subspace_bases(
 ) -> Bases:
     """Approximate leading singular vectors of G, by subspace iteration from the previous bases.
 
-    For the right side, with Omega 8 Gaussian columns:
+    For the right side, with Omega `OVERSAMPLING` Gaussian columns:
 
         Y = orth(G [P_old, Omega])      Z = G^T Y = Q T      P = Q U_r,  U_r the first left singular vectors of T
 
@@ -88,7 +91,7 @@ def subspace_bases(
 
 def _leading(G: Tensor, rank: int, old: Tensor | None, generator: torch.Generator) -> Tensor:
     """Approximate leading right singular vectors of G (m, n), as columns (n, rank)."""
-    columns = min(rank + 8, *G.shape) - (0 if old is None else rank)
+    columns = min(rank + OVERSAMPLING, *G.shape) - (0 if old is None else rank)
     P = torch.randn(G.shape[1], columns, generator=generator, dtype=G.dtype).to(G.device)
     if old is not None:
         P = torch.cat([old, P], dim=1)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Task = Literal["text-classification", "causal-lm"]
 Method = Literal["lora", "moslora", "dora", "weightlora", "weightlora+", "full", "probe"]
-Optimizer = Literal["adamw", "weight_adam", "adamw_8bit", "paged_adamw_8bit"]
+Optimizer = Literal["adamw", "weight_adam", "adamw_8bit", "paged_adamw_8bit", "galore"]
 Number = int | float
 
 # What differs from the defaults of TrainingArguments and SFTConfig; anything here can be set in RUN.yaml again.
@@ -134,8 +134,9 @@ class OptimizerSection:
     """What moves the weights. The learning rate is training.learning_rate, and its scheduler scales every rate here."""
 
     name: Optimizer | None = None
-    """`adamw`, `weight_adam` (AdamW, and projected descent for gates), or bitsandbytes' `adamw_8bit` and
-    `paged_adamw_8bit`. Default: `weight_adam` for weightlora, else `adamw`."""
+    """`adamw`, `weight_adam` (AdamW, and projected descent for gates), bitsandbytes' `adamw_8bit` and
+    `paged_adamw_8bit`, or `galore` (with method.name `full`: all weights train, the optimizer's state is low-rank).
+    Default: `weight_adam` for weightlora, else `adamw`."""
     weight_decay: Number = 0.01
     """Decoupled decay of matrices; biases, norms, magnitudes and gates never decay."""
     lora_plus_ratio: Number = 1.0
@@ -152,12 +153,37 @@ class OptimizerSection:
     """weight_adam: how gates move. Default: `sgd`, as in the paper."""
     gate_momentum: Number | None = None
     """weight_adam: momentum of `sgd` for the gates. Default: 0."""
+    rank: int | None = None
+    """galore: columns of the basis that gradients are projected to; a quarter of the width is usual. Default: 128."""
+    update_gap: int | None = None
+    """galore: steps from one refresh of a basis to the next. Default: 200; for a short run a tenth of its steps."""
+    scale: Number | None = None
+    """galore: multiplies the step of projected weights. Default: 0.25; 1 is usual with `random`."""
+    side: Literal["std", "reverse_std", "left", "right", "full"] | None = None
+    """galore: which axis is projected. Default: `std`, the shorter one."""
+    refresh: Literal["subspace", "svd", "random"] | None = None
+    """galore: how a basis is found; `svd` is the paper's, `random` is APOLLO. Default: `subspace`, fast and as good."""
+    stagger: bool | None = None
+    """galore: spread the refreshes over the gap. Default: true; false is the paper's."""
+    rotate_moments: bool | None = None
+    """galore: carry the moments into the new basis (LDAdam). Default: false."""
+    residual: bool | None = None
+    """galore: also apply the part of the gradient outside the basis (Fira). Default: false."""
+    layerwise: bool | None = None
+    """galore: project and free each gradient during backward; training.max_grad_norm then clips the projected ones.
+    Default: false."""
+    inner: Literal["adamw", "sgd", "adafactor", "adamw_8bit"] | None = None
+    """galore: the optimizer in the compact space. Default: `adamw`."""
+    momentum: Number | None = None
+    """galore with inner `sgd`: its momentum. Default: 0."""
+    target_modules: list[str] | None = None
+    """galore: patterns of the modules whose weights are projected, such as `*.mlp.*`. Default: all linear layers."""
 
 
 @dataclass
 class OutputSection:
     dir: str = "loraloom-run"
-    """Folder for the adapter, metrics.json, resolved.yaml, weightlora's selection.json, and checkpoints/."""
+    """Folder for the weights, metrics.json, resolved.yaml, weightlora's selection.json, and checkpoints/."""
     overwrite: bool = False
     """Replace a finished run in this folder; otherwise that is an error."""
 

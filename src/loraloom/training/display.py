@@ -1,5 +1,6 @@
 """What a run shows on the terminal: a bar while it works, a table of epochs, a table of results."""
 
+import dataclasses
 import re
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraloom.optim import Memory
 from loraloom.training.selection import Adapters
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
@@ -126,6 +128,24 @@ def results_table(rows: list[tuple[str, str]], title: str) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
     for what, value in rows:
         table.add_row(what, value)
+    return table
+
+
+def memory_table(memory: Memory, adamw: Memory) -> Table:
+    """Weights, gradients and optimizer state of a run, beside those of AdamW on the same parameters if they differ."""
+    compare = memory != adamw
+    title = "Memory of the run, without activations"
+    table = Table("", "bytes", "this run", title=title, title_justify="left")
+    if compare:
+        table.add_column("with AdamW")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = [(f.name, getattr(memory, f.name), getattr(adamw, f.name)) for f in dataclasses.fields(Memory)]
+    total = None if memory.state is None else sum(row[1] for row in rows)
+    rows.append(("total", total, sum(row[2] for row in rows)))
+    for name, mine, theirs in rows:
+        cells = ["unknown" if mine is None else f"{mine:,}", "" if mine is None else readable_bytes(mine)]
+        table.add_row("optimizer state" if name == "state" else name, *cells, *[readable_bytes(theirs)] * compare)
     return table
 
 

@@ -199,6 +199,11 @@ def _check_optimizer(config: RunConfig) -> None:
         raise InputError(
             f"optimizer.name {optimizer.name!r} cannot select adapters: method.name {method.name!r} needs 'weight_adam'"
         )
+    if optimizer.name == "galore" and method.name != "full":
+        raise InputError(
+            f"optimizer.name 'galore' is for whole weights, and method.name {method.name!r} trains small matrices: "
+            "set method.name to 'full', or optimizer.name to 'adamw'"
+        )
     if optimizer.betas is not None and len(optimizer.betas) != 2:
         raise InputError(f"optimizer.betas: {optimizer.betas} is not two numbers, such as [0.9, 0.999]")
 

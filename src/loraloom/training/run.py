@@ -27,12 +27,12 @@ from trl import SFTConfig
 
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.files import write_text_atomically
-from loraloom.optim import format_param_groups
+from loraloom.optim import GaLore, adamw_memory, expected_memory, format_galore, format_param_groups
 from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
 from loraloom.training.config import METHODS_WITH_SELECTION, RunConfig
 from loraloom.training.data import RunData, load_data
-from loraloom.training.display import TrainingDisplay
+from loraloom.training.display import TrainingDisplay, memory_table
 from loraloom.training.loading import dump_config, load_config, unknown_key
 from loraloom.training.metrics import classification_metrics, peak_memory_bytes
 from loraloom.training.model import apply_method, load_base, load_tokenizer
@@ -115,7 +115,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         raise InputError("data.retention does not work with FSDP: measure it on the saved adapter, on one device")
     if not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
         optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
-        console.print(format_param_groups(optimizer.param_groups), highlight=False)
+        show_optimizer(model, optimizer, console)
     selection = select_in(trainer, config) if config.method.name in METHODS_WITH_SELECTION else None
     write_text_atomically(output / RESOLVED, dump_config(config))
     with display.showing(), interrupt.listening():
@@ -159,6 +159,14 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     return result
 
 
+def show_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, console: Console) -> None:
+    """The parameter groups, what GaLore projects, and the memory of it all."""
+    console.print(format_param_groups(optimizer.param_groups), highlight=False)
+    if isinstance(optimizer, GaLore):
+        console.print("\n" + format_galore(optimizer), highlight=False)
+    console.print(memory_table(expected_memory(model, optimizer), adamw_memory(model)), highlight=False)
+
+
 def build_trainer(
     config: RunConfig,
     model: PreTrainedModel | PeftModel,
@@ -199,9 +207,16 @@ def build_trainer(
     }
     if "optim" not in config.training:
         try:
-            common["optimizer_cls_and_kwargs"] = run_optimizer(config)
+            common["optimizer_cls_and_kwargs"] = run_optimizer(config, arguments.max_grad_norm)
         except ValueError as error:
             raise InputError(f"optimizer: {error}") from error
+    if config.optimizer.layerwise:
+        if arguments.world_size > 1:
+            raise InputError(
+                f"optimizer.layerwise frees gradients before {arguments.world_size} processes can average them: leave "
+                "it out, or start one process"
+            )
+        arguments.max_grad_norm = 0.0  # the optimizer does it
     if causal:
         for rows, key in ((data, "path"), (retained, "retention")):
             if rows is not None and "messages" in rows.test.column_names and tokenizer.chat_template is None:

@@ -1,6 +1,7 @@
 """transformers' Trainer and TRL's SFTTrainer with what a run needs on top: batches that resume exactly, exact loss."""
 
 import math
+import warnings
 from typing import Any, cast
 
 import torch
@@ -47,7 +48,10 @@ class ExactResumeTrainer(Trainer):
             InputError: the optimizer would not honour an option, or the model trains nothing that one is for.
         """
         try:
-            return super().create_optimizer(model)
+            with warnings.catch_warnings():
+                # The run prints a table of all that GaLore does and does not project.
+                warnings.filterwarnings("ignore", message="GaLore: .* are not projected")
+                return super().create_optimizer(model)
         except (ValueError, ModuleNotFoundError) as error:
             raise InputError(f"optimizer: {' '.join(str(error).split())}") from error
 
