@@ -85,7 +85,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def show(result: "RunResult", console: Console) -> None:
     """The table of results, and where they are."""
-    from loraloom.training.display import adapters_table, readable_bytes, results_table
+    from loraloom.training.display import adapters_table, results_table
+    from loraloom.units import readable_bytes
 
     if result.adapters is not None:
         console.print(adapters_table(result.adapters))
