@@ -36,7 +36,7 @@ class CompareSection:
     """Every method trains with each, and the best one stands in the table. Default: training.learning_rate alone."""
     metric: str | None = None
     """What decides. Default: `accuracy` for text-classification, `loss` for causal-lm."""
-    search: dict[str, Any] | None = None
+    search: dict | None = None
     """Instead of learning_rates: `trials` for each method, and `section.key`: {low, high, log, step} or a list of
     choices, for optuna (extra `search`). `learning_rate` is short for `training.learning_rate`."""
 
