@@ -101,9 +101,16 @@ def test_tables(plan):
 
 
 def test_retention_is_shown_where_runs_report_it(plan):
-    comparison = compare(plan(), start=Launcher(lambda config: (0, "", {"retention": 0.5 + config.training["seed"]})))
-    assert by_label(comparison)["dora"].retention == pytest.approx(1.5)
-    assert "1.5000" in text_of(cost_table(comparison))
+    def behaviour(config):
+        after = {"accuracy": 0.5 + 0.1 * config.training["seed"], "macro_f1": 0.0}
+        return 0, "", {"retention": {"before": {"accuracy": 0.9, "macro_f1": 0.0}, "after": after}}
+
+    comparison = compare(plan(), start=Launcher(behaviour))
+    dora = by_label(comparison)["dora"]
+    assert (dora.retention_before, dora.retention) == (pytest.approx(0.9), pytest.approx(0.6))
+    text = text_of(cost_table(comparison))
+    assert "retention: accuracy" in text
+    assert "0.9000 -> 0.6000" in text
 
 
 def test_the_lowest_loss_wins(plan):

@@ -15,7 +15,7 @@ from loraloom.training.loading import SECTION_NAMES, build_config, build_section
 LEARNING_RATE = "training.learning_rate"
 LOWER_IS_BETTER = ("loss", "perplexity")
 FOLDER = "loraloom-comparison"
-SECTIONS_OF_METHODS = ("model", "method", "optimizer", "training")
+SECTIONS_OF_METHODS = tuple(name for name in SECTION_NAMES if name not in ("data", "output"))
 
 Point = Mapping[str, Any]
 """Where a run lies in the grid or search space: `section.key` -> value."""

@@ -41,7 +41,8 @@ def quality_table(comparison: Comparison) -> Table:
 def cost_table(comparison: Comparison) -> Table:
     """What each method takes at its best point."""
     retention = any(method.retention is not None for method in comparison.methods)
-    names = ["method", "trainable", "peak memory", "tokens/s", "wall time", *(["retention"] if retention else [])]
+    kept = f"retention: {'loss' if comparison.task == 'causal-lm' else 'accuracy'}"
+    names = ["method", "trainable", "peak memory", "tokens/s", "wall time", *([kept] if retention else [])]
     table = Table(*names, title="costs at that point", title_justify="left")
     for method in comparison.methods:
         table.add_row(method.label, *_costs(method)[: len(names) - 1])
@@ -56,7 +57,7 @@ def _costs(method: MethodResult) -> list[str]:
         readable_bytes(method.peak_memory_bytes),
         f"{method.tokens_per_second:,.0f}",
         f"{method.wall_time_seconds:.0f} s",
-        "-" if method.retention is None else f"{method.retention:.4f}",
+        "-" if method.retention is None else f"{method.retention_before:.4f} -> {method.retention:.4f}",
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.training.compare import runs
@@ -64,9 +65,10 @@ class Executor:
         self.active: dict[Path, tuple[Run, Process, float]] = {}
         self.skipped = 0
         self.total = total
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        running = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), running)
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.bar = self.progress.add_task("runs", total=total)
+        self.bar = self.progress.add_task("", total=total)
         # All cores to each of several processes makes every one of them slower than its share would.
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} if jobs > 1 else {}
@@ -138,7 +140,7 @@ class Executor:
 
     def _describe(self) -> None:
         titles = "; ".join(run.title for run, _, _ in self.active.values())
-        self.progress.update(self.bar, description=titles or "runs")
+        self.progress.update(self.bar, description=titles)
 
     def _stop(self) -> None:
         """End the processes that still run: asked first, then killed."""

@@ -41,7 +41,9 @@ class MethodResult:
     tokens_per_second: float | None
     wall_time_seconds: float | None
     retention: float | None
-    """Mean of what the runs report as retention, where they do."""
+    """Mean metric after training on the set of data.retention, where there is one: accuracy, or loss for causal-lm."""
+    retention_before: float | None
+    """The same before training."""
     failed: int
     """Runs without a result, over all points."""
 
@@ -127,7 +129,8 @@ def _method(
         peak_memory_bytes=max((r["peak_memory_bytes"] or 0 for r in at_best), default=0) or None,
         tokens_per_second=_mean(r["tokens_per_second"] for r in at_best),
         wall_time_seconds=_mean(r["wall_time_seconds"] for r in at_best),
-        retention=_mean(r["retention"] for r in at_best if isinstance(r.get("retention"), int | float)),
+        retention=_retention(at_best, "after"),
+        retention_before=_retention(at_best, "before"),
         failed=sum(o.result is None for o in outcomes),
     )
 
@@ -162,6 +165,11 @@ def _test(one: Candidate | None, baseline: Candidate | None) -> PairedTest | Non
 def _mean(values: Iterable[float]) -> float | None:
     collected = list(values)
     return mean(collected) if collected else None
+
+
+def _retention(results: Sequence[Mapping[str, Any]], when: str) -> float | None:
+    measured = [r["retention"][when] for r in results if r.get("retention") is not None]
+    return _mean(metrics["accuracy" if "accuracy" in metrics else "loss"] for metrics in measured)
 
 
 def _notes(plan: Plan, methods: Sequence[MethodResult], jobs: int) -> list[str]:
