@@ -136,6 +136,15 @@ def test_finished_runs_are_skipped_and_unfinished_ones_redone(plan):
     assert {run.seed for run in third.started} == {3}
 
 
+def test_a_moved_folder_keeps_its_runs(plan, tmp_path):
+    compare(plan(), start=Launcher())
+    (tmp_path / "out").rename(tmp_path / "moved")
+    launcher = Launcher()
+    path = tmp_path / "COMPARE.yaml"
+    compare(load_plan(path, [("output.dir", str(tmp_path / "moved"))]), start=launcher)
+    assert launcher.started == []
+
+
 def test_jobs_run_at_a_time_and_share_the_cores(plan, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

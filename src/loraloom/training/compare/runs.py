@@ -86,7 +86,8 @@ def finished(run: Run) -> dict[str, Any] | None:
     """What metrics.json of a finished run holds; None if the run is not finished."""
     try:
         result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
-        if load_config(run.folder / RESOLVED) == run.config:
+        resolved = load_config(run.folder / RESOLVED)
+        if dataclasses.replace(resolved, output=run.config.output) == run.config:  # the folder may have been moved
             return result
     except (OSError, ValueError):  # missing or broken files (InputError is a ValueError): the run is done again
         pass
