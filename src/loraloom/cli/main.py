@@ -14,6 +14,7 @@ from loraloom.errors import InputError, RunFailedError, RunInterruptedError, did
 VERBS = {
     "quickstart": "fine-tune a real model on real text in a few minutes, without the hub",
     "train": "fine-tune a model as RUN.yaml says",
+    "compare": "train several methods side by side, with several seeds and learning rates",
     "evaluate": "load a finished run from its folder and evaluate it again",
 }
 HELP = f"""usage: loraloom VERB [options]

@@ -209,6 +209,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerSection,
     "output": OutputSection,
 }
+METRICS = {"text-classification": ["loss", "accuracy", "macro_f1"], "causal-lm": ["loss", "perplexity"]}
 METHODS_WITHOUT_ADAPTER = ("full", "probe")
 METHODS_WITH_SELECTION = ("weightlora", "weightlora+")
 SELECTION_KEYS = ("keep", "warmup_steps", "select_every", "select_until", "reentry")

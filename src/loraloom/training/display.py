@@ -179,10 +179,3 @@ def _shortest_ending(module: str, modules: list[str]) -> str:
     parts = module.split(".")
     endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
     return next((e for e in endings if sum(f".{m}".endswith(f".{e}") for m in modules) == 1), module)
-
-
-def readable_bytes(count: int | None) -> str:
-    """`1.50 GiB`, `2.0 MiB`; `unknown` for None."""
-    if count is None:
-        return "unknown"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -56,28 +56,69 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, str]] = ()) ->
         InputError: no such file, not YAML, an unknown section or key, a value of the wrong type, or keys that
             contradict each other.
     """
-    raw = _read(path) if path else {}
+    return build_config(read_sections(path, SECTION_NAMES, overrides))
+
+
+def read_sections(
+    path: Path | None, names: Sequence[str], overrides: Sequence[tuple[str, str]] = ()
+) -> dict[str, dict[str, Any]]:
+    """The sections `names` of a YAML file, empty where the file has none, with the overrides applied.
+
+    Args:
+        path: the file, or None for empty sections.
+        names: the sections that the file may have.
+        overrides: (`section.key`, value as YAML text), later ones win.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown section, or a section that does not hold keys and values.
+    """
+    raw = _read(path, names) if path else {}
     for name in raw:
-        if name not in SECTION_NAMES:
-            raise InputError(f"{path}: unknown section {name!r}{_home_of(name) or did_you_mean(name, SECTION_NAMES)}")
+        if name not in names:
+            raise InputError(f"{path}: unknown section {name!r}{_home_of(name) or did_you_mean(name, names)}")
     sections: dict[str, dict[str, Any]] = {}
-    for name in SECTION_NAMES:
+    for name in names:
         section = raw.get(name) or {}
         if not isinstance(section, dict):
             raise InputError(f"{path}: section {name!r} holds {section!r}; expected keys and values")
         sections[name] = dict(section)
     for key, text in overrides:
         section_name, _, rest = key.partition(".")
-        if section_name not in SECTION_NAMES or not rest:
-            hint = did_you_mean(section_name, SECTION_NAMES)
-            raise InputError(f"--{key}: expected --section.key with a section of {', '.join(SECTION_NAMES)}{hint}")
+        if section_name not in names or not rest:
+            hint = did_you_mean(section_name, names)
+            raise InputError(f"--{key}: expected --section.key with a section of {', '.join(names)}{hint}")
         sections[section_name][rest] = _override_value(section_name, rest, text)
+    return sections
+
+
+def build_config(sections: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+    """The run that RUN.yaml's sections describe, with the defaults filled in; a section may be missing.
+
+    Raises:
+        InputError: an unknown key, a value of the wrong type, or keys that contradict each other.
+    """
     config = RunConfig(
-        training={**TRAINING_DEFAULTS, **sections.pop("training")},
-        **{name: _section(name, values) for name, values in sections.items()},
+        training={**TRAINING_DEFAULTS, **sections.get("training", {})},
+        **{name: build_section(cls, name, sections.get(name, {})) for name, cls in SECTIONS.items()},
     )
     _check_combinations(config)
     return config
+
+
+def build_section(cls: type, name: str, values: Mapping[str, Any]) -> Any:
+    """An instance of the dataclass `cls` from the keys and values of the section `name`.
+
+    Raises:
+        InputError: an unknown key, or a value that is not of the field's type.
+    """
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown_key(name, key, list(hints))
+        if not _matches(value, hints[key]):
+            near = did_you_mean(value, _choices(hints[key])) if isinstance(value, str) else ""
+            raise InputError(f"{name}.{key}: {value!r} is not {_describe(hints[key])}{near}")
+    return cls(**values)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -93,7 +134,7 @@ def unknown_key(section: str, key: str, known: Sequence[str]) -> InputError:
     return InputError(f"unknown key {section}.{key}{hint}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         here = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise InputError(f"{path}: no such file{did_you_mean(path.name, here)}")
@@ -102,7 +143,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict | None):
-        raise InputError(f"{path}: holds a {type(raw).__name__}; expected sections {', '.join(SECTION_NAMES)}")
+        raise InputError(f"{path}: holds a {type(raw).__name__}; expected sections {', '.join(names)}")
     return raw or {}
 
 
@@ -114,18 +155,6 @@ def _override_value(section: str, key: str, text: str) -> Any:
         return text
     hint = get_type_hints(SECTIONS[section]).get(key) if section in SECTIONS else None
     return text if hint and not _matches(value, hint) and _matches(text, hint) else value
-
-
-def _section(name: str, values: Mapping[str, Any]) -> Any:
-    cls = SECTIONS[name]
-    hints = get_type_hints(cls)
-    for key, value in values.items():
-        if key not in hints:
-            raise unknown_key(name, key, list(hints))
-        if not _matches(value, hints[key]):
-            near = did_you_mean(value, _choices(hints[key])) if isinstance(value, str) else ""
-            raise InputError(f"{name}.{key}: {value!r} is not {_describe(hints[key])}{near}")
-    return cls(**values)
 
 
 def _home_of(key: str, section: str = "") -> str:

@@ -30,7 +30,7 @@ from loraloom.files import write_text_atomically
 from loraloom.optim import GaLore, adamw_memory, expected_memory, format_galore, format_param_groups
 from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
-from loraloom.training.config import METHODS_WITH_SELECTION, RunConfig
+from loraloom.training.config import METHODS_WITH_SELECTION, METRICS, RunConfig
 from loraloom.training.data import RunData, load_data
 from loraloom.training.display import TrainingDisplay, memory_table
 from loraloom.training.loading import dump_config, load_config, unknown_key
@@ -41,7 +41,6 @@ from loraloom.training.retention import Retention, load_retention
 from loraloom.training.selection import Adapters, select_in
 from loraloom.training.trainers import CausalTrainer, ExactResumeTrainer
 
-METRICS = {"text-classification": ["loss", "accuracy", "macro_f1"], "causal-lm": ["loss", "perplexity"]}
 RESOLVED, RESULT, CHECKPOINTS = "resolved.yaml", "metrics.json", "checkpoints"
 
 
