@@ -13,6 +13,7 @@ from rich.console import Console
 
 from loraloom.cli.options import Output, parse, quiet_libraries
 from loraloom.errors import InputError, RunInterruptedError
+from loraloom.readable import readable_bytes
 from loraloom.training.config import DataSection, MethodSection, ModelSection, OptimizerSection, OutputSection
 from loraloom.training.loading import load_config
 
@@ -85,7 +86,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def show(result: "RunResult", console: Console) -> None:
     """The table of results, and where they are."""
-    from loraloom.training.display import adapters_table, readable_bytes, results_table
+    from loraloom.training.display import adapters_table, results_table
 
     if result.adapters is not None:
         console.print(adapters_table(result.adapters))

@@ -1,6 +1,5 @@
 """What a run shows on the terminal: a bar while it works, a table of epochs, a table of results."""
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraloom.readable import place, short_names
 from loraloom.training.selection import Adapters
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
@@ -132,9 +132,9 @@ def adapters_table(adapters: Adapters) -> Table:
 
     A module is named by the shortest ending of its path that no other module of the table shares.
     """
-    places = {name: _place(name) for name in adapters}
-    modules = list(dict.fromkeys(module for _, module in places.values()))
-    headings = [_shortest_ending(module, modules).replace(".", "\n") for module in modules]
+    places = {name: place(name) for name in adapters}
+    modules = short_names(module for _, module in places.values())
+    headings = [heading.replace(".", "\n") for heading in modules.values()]
     kept = sum(adapter is not None for adapter in adapters.values())
     title = f"{kept} of {len(adapters)} adapters kept: rank and gate"
     table = Table("layer", *headings, title=title, title_justify="left", padding=(0, 1, 0, 0))
@@ -145,22 +145,3 @@ def adapters_table(adapters: Adapters) -> Table:
                 cells[places[name][1]] = "." if adapter is None else f"{adapter['r']} {adapter['gate']:.2f}"
         table.add_row(layer, *cells.values())
     return table
-
-
-def _place(name: str) -> tuple[str, str]:
-    """The number of a module's layer, or "-", and its name within the layer."""
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (match[1], match[2]) if match else ("-", name)
-
-
-def _shortest_ending(module: str, modules: list[str]) -> str:
-    parts = module.split(".")
-    endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-    return next((e for e in endings if sum(f".{m}".endswith(f".{e}") for m in modules) == 1), module)
-
-
-def readable_bytes(count: int | None) -> str:
-    """`1.50 GiB`, `2.0 MiB`; `unknown` for None."""
-    if count is None:
-        return "unknown"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
