@@ -43,8 +43,9 @@ class Lines:
     x_label: str
     y_label: str
     series: list[Series]
+    log_x: bool = False
     log_y: bool = False
-    """A logarithmic axis; every y must be above 0."""
+    """A logarithmic axis; every value on it must be above 0."""
     references: dict[str, float] = field(default_factory=dict)
     """Heights to compare with, by name: a baseline."""
     events: dict[str, float] = field(default_factory=dict)
@@ -53,9 +54,12 @@ class Lines:
 
     def __post_init__(self) -> None:
         for series in self.series:
-            lowest = min((y for y in series.y if y is not None), default=1.0)
-            if self.log_y and lowest <= 0:
-                raise ValueError(f"series {series.name!r} has {lowest:g} on a logarithmic axis; set log_y to false")
+            for axis, log, values in (("x", self.log_x, series.x), ("y", self.log_y, series.y)):
+                lowest = min((value for value in values if value is not None), default=1.0)
+                if log and lowest <= 0:
+                    raise ValueError(
+                        f"series {series.name!r} has {lowest:g} on a logarithmic axis; set log_{axis} to false"
+                    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -21,7 +22,7 @@ def write_pictures(report: Report, directory: Path) -> list[Path]:
     """One file a figure, `figure-01-loss.png`, in the order of the sections; pictures of an earlier report go."""
     for old in directory.glob(f"{PREFIX}*.png"):
         old.unlink()
-    written = []
+    written: list[Path] = []
     for section in report.sections:
         if section.figure is None:
             continue
@@ -67,17 +68,21 @@ def _size(figure: Figure) -> tuple[float, float]:
 def _lines(figure: Lines, axes: Axes) -> None:
     _grid(axes)
     axes.set(xlabel=figure.x_label, ylabel=figure.y_label, yscale="log" if figure.log_y else "linear")
+    axes.set_xscale("log" if figure.log_x else "linear")
     for i, series in enumerate(figure.series):
         colour = LIGHT.series[i % len(LIGHT.series)]
-        style = {"linestyle": "-" if i < len(LIGHT.series) else "--", "marker": "o" if len(series.x) <= 30 else None}
+        style: dict[str, Any] = {
+            "linestyle": "-" if i < len(LIGHT.series) else "--",
+            "marker": "o" if len(series.x) <= 30 else None,
+        }
         y = [float("nan") if value is None else value for value in series.y]
         axes.plot(series.x, y, color=colour, linewidth=1.8, markersize=4, label=series.name, **style)
-    for name, y in figure.references.items():
-        axes.axhline(y, color=LIGHT.muted, linewidth=1, linestyle=":")
-        axes.annotate(name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=LIGHT.muted)
+    for name, height in figure.references.items():
+        axes.axhline(height, color=LIGHT.muted, linewidth=1, linestyle=":")
+        axes.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=LIGHT.muted)
     for place, (name, x) in enumerate(figure.events.items()):
         axes.axvline(x, color=LIGHT.muted, linewidth=1, linestyle="--")
-        spot = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": LIGHT.muted}
+        spot: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": LIGHT.muted}
         axes.annotate(f" {name}", (x, 1 - 0.06 * place), **spot)
     axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
 
@@ -102,7 +107,7 @@ def _heatmap(figure: Heatmap, axes: Axes, canvas: Canvas) -> None:
                     text = fixed(value, decimals([low, high], 3))
                     axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
     bar = canvas.colorbar(image, ax=axes, shrink=0.8, label=figure.unit)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib's stub calls it a Spine or a dict
+    bar.outline.set_visible(False)
     bar.ax.tick_params(colors=LIGHT.muted, labelsize=8, length=2)
     bar.ax.yaxis.label.set_color(LIGHT.muted)
 

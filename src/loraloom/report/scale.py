@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraloom.readable import readable_bytes
 from loraloom.report.model import Heatmap
+from loraloom.units import readable_bytes
 
 COLOUR_STEPS = 11
 MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"

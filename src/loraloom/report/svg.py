@@ -53,7 +53,7 @@ def draw_lines(figure: Lines) -> ET.Element:
     """Curves with their names at their ends, baselines dashed, events as vertical rules."""
     xs = [x for series in figure.series for x in series.x] + list(figure.events.values())
     ys = [y for series in figure.series for y in series.y if y is not None] + list(figure.references.values())
-    x_axis = linear_axis(xs, tight=True)
+    x_axis = log_axis(xs) if figure.log_x else linear_axis(xs, tight=True)
     y_axis = log_axis(ys) if figure.log_y else linear_axis(ys)
     ends: list[tuple[float, str, str]] = []
     for i, series in enumerate(figure.series):
@@ -78,9 +78,9 @@ def draw_lines(figure: Lines) -> ET.Element:
         points = [(x_axis.share(x), None if y is None else _height(y_axis, y)) for x, y in pairs]
         _add(inner, "path", d=_path(_thinned(points)), **{"class": f"curve {colour}{dashed}"})
         if len(points) <= 30:
-            for x, y in points:
-                if y is not None:
-                    _add(svg, "circle", cx=_percent(x), cy=y, r="3", **{"class": colour})
+            for share, height in points:
+                if height is not None:
+                    _add(svg, "circle", cx=_percent(share), cy=height, r="3", **{"class": colour})
     for y, label, colour in _apart(ends):
         text = _add(svg, "text", x="100%", y=y, dx="8", dy=".32em", **{"class": f"label {colour}"})
         text.text = _cut(label)
@@ -99,7 +99,12 @@ def draw_scatter(figure: Scatter) -> ET.Element:
     for x, y, label in places:
         _add(svg, "circle", cx=_percent(x), cy=y, r="4.5", **{"class": "s0"})
         anchor = "start" if x < 0.04 else "end" if x > 0.96 else "middle"
-        place = {"x": _percent(x), "y": _free(x, y, label, taken), "text-anchor": anchor, "class": "label"}
+        place: dict[str, str | float] = {
+            "x": _percent(x),
+            "y": _free(x, y, label, taken),
+            "text-anchor": anchor,
+            "class": "label",
+        }
         _add(svg, "text", **place).text = label
     return svg
 
@@ -164,7 +169,8 @@ def draw_heatmap(figure: Heatmap) -> ET.Element:
         if i % every == 0:
             _add(svg, "text", x="0", dx="-8", y=middle, dy=".32em", **{"text-anchor": "end"}).text = _cut(name, 24)
         for j, value in enumerate(figure.values[i]):
-            place = {"x": _percent(j / columns), "y": i * height, "width": _percent(1 / columns), "height": height}
+            place: dict[str, str | float] = {"x": _percent(j / columns), "width": _percent(1 / columns)}
+            place |= {"y": i * height, "height": height}
             if value is None:
                 _add(cells, "rect", **place, **{"class": "none"})
                 _add(cells, "text", x=_percent((j + 0.5) / columns), y=middle, dy=".32em", **{"class": "on"}).text = "·"

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from loraloom.readable import place
+from loraloom.module_names import place
 from loraloom.selection.selection import AdapterSelection
 
 

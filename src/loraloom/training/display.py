@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraloom.readable import place, short_names
+from loraloom.module_names import place, short_names
 from loraloom.training.selection import Adapters
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar

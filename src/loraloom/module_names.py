@@ -1,4 +1,4 @@
-"""Names and amounts as people read them: where a module sits, what it is called in a table, how many bytes."""
+"""Modules as people name them: the layer that one sits in, and what to call it at the head of a column."""
 
 import re
 from collections.abc import Iterable
@@ -23,13 +23,3 @@ def _shortest_ending(module: str, modules: list[str]) -> str:
     parts = module.split(".")
     endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
     return next((e for e in endings if sum(f".{m}".endswith(f".{e}") for m in modules) == 1), module)
-
-
-def readable_bytes(count: float | None) -> str:
-    """`1.50 GiB`, `2.0 MiB`, `512 B`; `unknown` for None."""
-    if count is None:
-        return "unknown"
-    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
-        if count >= size:
-            return f"{count / size:.{digits}f} {unit}"
-    return f"{count:.0f} B"
