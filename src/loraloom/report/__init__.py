@@ -2,6 +2,7 @@
 
 from loraloom.report.model import Bars, Fact, Figure, Heatmap, Lines, Point, Report, Scatter, Section, Series, Table
 from loraloom.report.schema import SCHEMA_VERSION, from_dict, load_report, to_dict
+from loraloom.report.terminal import render_terminal
 from loraloom.report.write import Written, write_report
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Written",
     "from_dict",
     "load_report",
+    "render_terminal",
     "to_dict",
     "write_report",
 ]

@@ -1,7 +1,9 @@
 """Figures in words and as tables: for readers who do not see the picture, or want its numbers."""
 
+from collections.abc import Sequence
+
 from loraloom.report.model import Bars, Cell, Figure, Heatmap, Lines, Table
-from loraloom.report.scale import number
+from loraloom.report.scale import column, number
 
 
 def describe(figure: Figure) -> str:
@@ -52,3 +54,13 @@ def figure_table(figure: Figure) -> Table:
         cells += [[number(error, figure.unit) for error in figure.errors]] if figure.errors else []
         return Table(columns, [list(row) for row in zip(*cells, strict=True)])
     return Table(["", figure.x_label, figure.y_label], [[p.label, p.x, p.y] for p in figure.points])
+
+
+def table_texts(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[list[str]]:
+    """The cells as text: the numbers of a column with the same decimals."""
+    texts = []
+    for i in range(len(columns)):
+        cells = [row[i] for row in rows]
+        numbers = iter(column([cell for cell in cells if not isinstance(cell, str)]))
+        texts.append([cell if isinstance(cell, str) else next(numbers) for cell in cells])
+    return [list(row) for row in zip(*texts, strict=True)]

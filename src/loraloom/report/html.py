@@ -8,10 +8,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from loraloom.report.describe import figure_table
+from loraloom.report.describe import figure_table, table_texts
 from loraloom.report.model import Cell, Heatmap, Report, Section, Table
 from loraloom.report.palette import DARK, LIGHT, Palette, variables
-from loraloom.report.scale import MINUS, MISSING, column
+from loraloom.report.scale import MINUS, MISSING
 from loraloom.report.svg import figure_svg
 
 TILES = 4  # facts set large
@@ -108,13 +108,7 @@ def _shown(table: Table) -> _Shown:
     if step > 1:
         rows = [*table.rows[:-1:step], table.rows[-1]]
         caption = f"{caption} Every {step}th row and the last one; all {len(table.rows)} are in report.json.".strip()
-    columns = [_texts([row[i] for row in rows]) for i in range(len(table.columns))]
-    return _Shown(table.columns, [list(row) for row in zip(*columns, strict=True)], caption, numeric)
-
-
-def _texts(cells: Sequence[Cell]) -> list[str]:
-    shown = iter(column([cell for cell in cells if not isinstance(cell, str)]))
-    return [cell if isinstance(cell, str) else next(shown) for cell in cells]
+    return _Shown(table.columns, table_texts(table.columns, rows), caption, numeric)
 
 
 def _is_numeric(cells: Sequence[Cell]) -> bool:

@@ -160,13 +160,13 @@ def _metric(
     for name in names:
         points = _evaluations(result, history, name)
         series.append(Series(_named(name), [x for x, _ in points], [y for _, y in points]))
-    title = " and ".join(_named(name) for name in names).capitalize()
+    title = " and ".join(_named(name) for name in names)
     references = dict(baselines) if "accuracy" in names else {}
     label = "share of test rows" if names[0] in SHARES else _named(names[0])
     note = "On the test set, before training and at each evaluation." + (
         " Dotted: accuracies to compare with." if references else ""
     )
-    return Section(title, note, Lines("step", label, series, references=references))
+    return Section(title[0].upper() + title[1:], note, Lines("step", label, series, references=references))
 
 
 def _evaluations(
