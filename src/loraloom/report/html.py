@@ -107,7 +107,7 @@ def _shown(table: Table) -> _Shown:
     rows, caption = table.rows, table.caption
     if step > 1:
         rows = [*table.rows[:-1:step], table.rows[-1]]
-        caption = f"{caption} Every {step}th row and the last one; all {len(table.rows)} are in report.json.".strip()
+        caption = f"{caption} One row in {step}, and the last; all {len(table.rows)} are in report.json.".strip()
     return _Shown(table.columns, table_texts(table.columns, rows), caption, numeric)
 
 

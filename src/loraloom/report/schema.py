@@ -83,7 +83,7 @@ def _read(value: Any, hint: Any, place: str) -> Any:
         return {key: _read(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
     plain = (int, float) if hint is float else (origin or hint)
     if not isinstance(value, plain) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"{place}: {_short(value)} is a {type(value).__name__}; expected {_name(hint)}")
+        raise InputError(f"{place}: {_short(value)} is not {_name(hint)}")
     return value
 
 
@@ -97,14 +97,14 @@ def _read_union(value: Any, options: tuple[Any, ...], place: str) -> Any:
         return _read(value, options[0], place)
     if isinstance(value, bool) or not isinstance(value, options):
         names = " or ".join(_name(option) for option in options)
-        raise InputError(f"{place}: {_short(value)} is a {type(value).__name__}; expected {names}")
+        raise InputError(f"{place}: {_short(value)} is not {names}")
     return value
 
 
 def _read_object(value: Any, cls: Any, place: str) -> Any:
     hints = get_type_hints(cls)
     if not isinstance(value, dict):
-        raise InputError(f"{place}: {_short(value)} is a {type(value).__name__}; expected an object")
+        raise InputError(f"{place}: {_short(value)} is not an object")
     for key in value:
         if key not in hints:
             raise InputError(
@@ -142,4 +142,5 @@ def _short(value: Any) -> str:
 
 
 def _name(hint: Any) -> str:
-    return {float: "a number", int: "an integer", str: "a string", bool: "true or false"}.get(hint) or str(hint)
+    names = {float: "a number", int: "an integer", str: "a string", bool: "true or false", list: "a list"}
+    return names.get(get_origin(hint) or hint, "an object")
