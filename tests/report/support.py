@@ -4,7 +4,7 @@ import dataclasses
 import math
 import random
 
-from loraloom.report import Bars, Fact, Heatmap, Lines, Point, Report, Scatter, Section, Series, Table
+from loraloom.report import Bars, Event, Fact, Heatmap, Lines, Point, Report, Scatter, Section, Series, Table
 from loraloom.report.html import render_html
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" ]]> {{ 7 * 7 }}"
@@ -28,7 +28,9 @@ def full_report():
     time = [str(i * 7) for i in range(24)]
     sections = [
         Section(
-            "Loss", "A note.", Lines("step", "loss", curves, references={"baseline": 1.0}, events={"dropped": 700})
+            "Loss",
+            "A note.",
+            Lines("step", "loss", curves, references={"baseline": 1.0}, events=[Event("dropped", 700)]),
         ),
         Section("Rates", "", Lines("rate", "loss", [Series("a", [1e-4, 1e-2], [0.1, 10])], log_x=True, log_y=True)),
         Section("Gates", "", heatmap(32)),

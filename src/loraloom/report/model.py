@@ -37,6 +37,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Event:
+    """A moment to mark on the x axis of `Lines`."""
+
+    label: str
+    """A few words: "8 adapters dropped"."""
+    x: float
+
+
+@dataclass(frozen=True)
 class Lines:
     """Curves over one axis, such as a loss over steps."""
 
@@ -48,8 +57,7 @@ class Lines:
     """A logarithmic axis; every value on it must be above 0."""
     references: dict[str, float] = field(default_factory=dict)
     """Heights to compare with, by name: a baseline."""
-    events: dict[str, float] = field(default_factory=dict)
-    """Moments to mark, x by name: "8 adapters disconnected"."""
+    events: list[Event] = field(default_factory=list)
     kind: str = "lines"
 
     def __post_init__(self) -> None:

@@ -80,10 +80,10 @@ def _lines(figure: Lines, axes: Axes) -> None:
     for name, height in figure.references.items():
         axes.axhline(height, color=LIGHT.muted, linewidth=1, linestyle=":")
         axes.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=LIGHT.muted)
-    for place, (name, x) in enumerate(figure.events.items()):
-        axes.axvline(x, color=LIGHT.muted, linewidth=1, linestyle="--")
+    for place, event in enumerate(figure.events):
+        axes.axvline(event.x, color=LIGHT.muted, linewidth=1, linestyle="--")
         spot: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": LIGHT.muted}
-        axes.annotate(f" {name}", (x, 1 - 0.06 * place), **spot)
+        axes.annotate(f" {event.label}", (event.x, 1 - 0.06 * place), **spot)
     axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
 
 

@@ -51,7 +51,7 @@ def figure_svg(figure: Figure, title: str, name: str) -> str:
 
 def draw_lines(figure: Lines) -> ET.Element:
     """Curves with their names at their ends, baselines dashed, events as vertical rules."""
-    xs = [x for series in figure.series for x in series.x] + list(figure.events.values())
+    xs = [x for series in figure.series for x in series.x] + [event.x for event in figure.events]
     ys = [y for series in figure.series for y in series.y if y is not None] + list(figure.references.values())
     x_axis = log_axis(xs) if figure.log_x else linear_axis(xs, tight=True)
     y_axis = log_axis(ys) if figure.log_y else linear_axis(ys)
@@ -64,12 +64,9 @@ def draw_lines(figure: Lines) -> ET.Element:
     svg = _plot(figure.x_label, figure.y_label, x_axis, y_axis, right=_room(label for _, label, _ in ends))
     for y, _, _ in ends[len(ends) - len(figure.references) :] if figure.references else []:
         _add(svg, "line", x1="0", x2="100%", y1=y, y2=y, **{"class": "reference"})
-    for place, (label, x) in enumerate(figure.events.items()):
-        share = x_axis.share(x)
-        _add(svg, "line", x1=_percent(share), x2=_percent(share), y1=0, y2=PLOT_HEIGHT, **{"class": "event"})
-        anchor = {"text-anchor": "end", "dx": "-5"} if share > 0.5 else {"dx": "5"}
-        text = _add(svg, "text", x=_percent(share), y=11 + place * LABEL_GAP, **anchor, **{"class": "small"})
-        text.text = label
+    for event in figure.events:
+        at = _percent(x_axis.share(event.x))
+        _add(svg, "line", x1=at, x2=at, y1=0, y2=PLOT_HEIGHT, **{"class": "event"})
     inner = _stretched(svg, PLOT_HEIGHT)
     for i, series in enumerate(figure.series):
         colour = f"s{i % SERIES_COLOURS}"
@@ -84,6 +81,11 @@ def draw_lines(figure: Lines) -> ET.Element:
     for y, label, colour in _apart(ends):
         text = _add(svg, "text", x="100%", y=y, dx="8", dy=".32em", **{"class": f"label {colour}"})
         text.text = _cut(label)
+    for place, event in enumerate(figure.events):  # above the curves, whose lines a label interrupts
+        share = x_axis.share(event.x)
+        anchor = {"text-anchor": "end", "dx": "-5"} if share > 0.5 else {"dx": "5"}
+        text = _add(svg, "text", x=_percent(share), y=12 + place * LABEL_GAP, **anchor, **{"class": "small halo"})
+        text.text = event.label
     return svg
 
 

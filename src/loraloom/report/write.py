@@ -86,6 +86,7 @@ def slug(title: str) -> str:
 
 
 def _missing(what: str, error: ModuleNotFoundError) -> str:
-    if error.name not in ("jinja2", "markupsafe", "matplotlib"):
+    package = str(error.name).partition(".")[0]
+    if package not in ("jinja2", "markupsafe", "matplotlib"):
         raise error
-    return f"{what} need{'s' if what == 'the page' else ''} {error.name}: {INSTALL}"
+    return f"{what} need{'s' if what == 'the page' else ''} {package}: {INSTALL}"

@@ -1,7 +1,7 @@
 """A finished training run: curves, what it gained over the baselines, gates, weights, configuration."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 from loraloom.errors import InputError
 from loraloom.report.builders.composition import composition_sections
 from loraloom.report.builders.modules import by_layer, finite, labels_of
-from loraloom.report.model import Bars, Fact, Heatmap, Lines, Report, Section, Series, Table
+from loraloom.report.model import Bars, Event, Fact, Heatmap, Lines, Report, Section, Series, Table
 from loraloom.report.scale import number
 
 METRICS_FILE, STATE_FILE, CONFIG_FILE, SELECTION_FILE = (
@@ -162,7 +162,7 @@ def _metric(
         series.append(Series(_named(name), [x for x, _ in points], [y for _, y in points]))
     title = " and ".join(_named(name) for name in names)
     references = dict(baselines) if "accuracy" in names else {}
-    label = "share of test rows" if names[0] in SHARES else _named(names[0])
+    label = "on the test set" if names[0] in SHARES else _named(names[0])
     note = "On the test set, before training and at each evaluation." + (
         " Dotted: accuracies to compare with." if references else ""
     )
@@ -185,7 +185,7 @@ def _gates(result: Mapping[str, Any], selection: Mapping[str, Any] | None) -> li
         last = {name: 0.0 if one is None else one["gate"] for name, one in result["adapters"].items()}
         ranks = {name: 0.0 if one is None else float(one["r"]) for name, one in result["adapters"].items()}
         note = "Last value of each adapter's gate; 0 where the adapter was disconnected."
-        sections.append(Section("Gates", note, by_layer(last, "gate", signed=min(last.values()) < 0)))
+        sections.append(Section("Gates", note, by_layer(last, "gate", **_range(last.values()))))
         if len({*ranks.values()} - {0.0}) > 1:
             sections.append(Section("Ranks", "0 where the adapter was disconnected.", by_layer(ranks, "rank")))
     if selection and selection["history"]:
@@ -204,21 +204,27 @@ def _gates_over_time(selection: Mapping[str, Any]) -> Section:
     if len(rows) > MODULES:
         rows = dict(sorted(rows.items(), key=lambda item: -abs(item[1][-1]))[:MODULES])
         note += f" The {MODULES} adapters with the largest last gate, of {len(labels)}."
-    signed = any(value < 0 for row in rows.values() for value in row)
+    span = _range(value for row in rows.values() for value in row)
     steps = [str(moment["step"]) for moment in moments]
     return Section(
-        "Gates over time", note, Heatmap("adapter", "step", [*rows], steps, [*rows.values()], "gate", signed=signed)
+        "Gates over time", note, Heatmap("adapter", "step", [*rows], steps, [*rows.values()], "gate", **span)
     )
 
 
-def _events(selection: Mapping[str, Any] | None) -> dict[str, float]:
-    """Moments of a selection, by name."""
-    named: dict[str, float] = {}
+def _events(selection: Mapping[str, Any] | None) -> list[Event]:
+    """The moments of a selection: how many adapters were dropped and how many were widened."""
+    happened: dict[int, list[str]] = {}
     for event in selection["events"] if selection else []:
-        count = len(event["modules"] if event["event"] == "disconnect" else event["ranks"])
-        what = "dropped" if event["event"] == "disconnect" else "widened"
-        named[f"step {event['step']}: {count} {what}"] = event["step"]
-    return named
+        disconnects = event["event"] == "disconnect"
+        text = f"{len(event['modules'])} dropped" if disconnects else f"{len(event['ranks'])} widened"
+        happened.setdefault(event["step"], []).append(text)
+    return [Event(", ".join(texts), step) for step, texts in happened.items()]
+
+
+def _range(gates: Iterable[float]) -> dict[str, Any]:
+    """Colours on both sides of zero only if a gate is below it by more than a trace; else they begin at zero."""
+    gates = [*gates]
+    return {"signed": True} if -min(gates) > 0.05 * max(map(abs, gates)) else {"low": 0.0}
 
 
 def _configuration(config: Mapping[str, Mapping[str, Any]]) -> Section:
