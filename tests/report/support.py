@@ -37,6 +37,7 @@ def full_report():
         Section("Differences", "", heatmap(6, signed=True, columns=["attention.output.dense", "intermediate.dense"])),
         Section("Gates over time", "", heatmap(36, columns=time)),
         Section("Memory", "", Bars("peak", ["LoRA", HOSTILE, "full"], [1e9, 2e9, None], [1e8, None, None], "bytes")),
+        Section("Points", "", Bars("accuracy", ["a", "b", "c"], [0.9, 0.91, None], [0.01, 0, None], from_zero=False)),
         Section("Below zero", "", Bars("difference", ["a", "b"], [-0.5, 0.25])),
         Section(
             "Trade-off", "", Scatter("kept", "gained", [Point(f"λ = {i / 9:.1f}", i, -i * i) for i in range(10)], True)
@@ -44,7 +45,11 @@ def full_report():
         Section(HOSTILE, HOSTILE, table=Table([HOSTILE, "b", "c", "d", "e"], [[LONG_PATH, 1, 0.5, None, HOSTILE]] * 9)),
         Section("Words alone", "No figure and no table."),
     ]
-    facts = [Fact("accuracy", "0.8853", "0.1277 before"), *(Fact(f"fact {i}", str(i)) for i in range(4))]
+    facts = [
+        Fact("accuracy", "0.8853", "0.1277 before"),
+        Fact("worst", "2", LONG_PATH),
+        *(Fact(f"fact {i}", str(i)) for i in range(3)),
+    ]
     facts += [Fact("folder", LONG_PATH), Fact("name", HOSTILE)]
     return Report(f"A run of {HOSTILE}", f"loraloom train '{HOSTILE}'", "It went well.", facts, sections)
 

@@ -56,8 +56,8 @@ def broken(path, value):
             broken(["sections", 2, "figure", "rows"], ["0"]),
             r"values have 32 rows of \[7\] values; expected 1",
         ),
-        (broken(["sections", 8, "table", "rows", 0], [1]), r"a row has 1 cells and the table 5 columns"),
-        (broken(["sections", 8, "table", "rows", 0, 0], True), r"rows\[0\]\[0\]: True is not a string or"),
+        (broken(["sections", 9, "table", "rows", 0], [1]), r"a row has 1 cells and the table 5 columns"),
+        (broken(["sections", 9, "table", "rows", 0, 0], True), r"rows\[0\]\[0\]: True is not a string or"),
     ],
 )
 def test_what_is_not_a_report_is_one_line(content, message):

@@ -51,7 +51,7 @@ def figure_table(figure: Figure) -> Table:
     if isinstance(figure, Bars):
         columns = ["", figure.value_label, *(["±"] if figure.errors else [])]
         cells = [figure.labels, [number(value, figure.unit) for value in figure.values]]
-        cells += [[number(error, figure.unit) for error in figure.errors]] if figure.errors else []
+        cells += [[number(error, figure.unit, digits=2) for error in figure.errors]] if figure.errors else []
         return Table(columns, [list(row) for row in zip(*cells, strict=True)])
     return Table(["", figure.x_label, figure.y_label], [[p.label, p.x, p.y] for p in figure.points])
 

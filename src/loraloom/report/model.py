@@ -111,6 +111,8 @@ class Bars:
     """Half the length of each whisker, in the unit of the values: say in the section's note what it is."""
     unit: str = ""
     """"bytes", "s", "%" or any other, shown behind each value; "bytes" is made readable."""
+    from_zero: bool = True
+    """False shows points on an axis around the values, for differences that bars from zero would hide."""
     kind: str = "bars"
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 
 from loraloom.report.model import Bars, Figure, Heatmap, Lines, Report, Scatter
 from loraloom.report.palette import LIGHT, text_on
-from loraloom.report.scale import colour_range, colour_step, decimals, fixed, number
+from loraloom.report.scale import cell_decimals, colour_range, colour_step, fixed, number
 from loraloom.report.write import slug
 
 DPI = 160
@@ -104,7 +104,7 @@ def _heatmap(figure: Heatmap, axes: Axes, canvas: Canvas) -> None:
             for j, value in enumerate(row):
                 if value is not None:
                     colour = text_on(colours[colour_step(value, low, high)])
-                    text = fixed(value, decimals([low, high], 3))
+                    text = fixed(value, cell_decimals(figure))
                     axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
     bar = canvas.colorbar(image, ax=axes, shrink=0.8, label=figure.unit)
     bar.outline.set_visible(False)
@@ -116,16 +116,25 @@ def _bars(figure: Bars, axes: Axes) -> None:
     places = range(len(figure.labels))
     known = [(i, value) for i, value in zip(places, figure.values, strict=True) if value is not None]
     errors = None if figure.errors is None else [figure.errors[i] or 0 for i, _ in known]
-    axes.barh([i for i, _ in known], [v for _, v in known], xerr=errors, color=LIGHT.series[0], height=0.6, capsize=3)
+    heights, lengths = [i for i, _ in known], [value for _, value in known]
+    if figure.from_zero:
+        axes.barh(heights, lengths, xerr=errors, color=LIGHT.series[0], height=0.6, capsize=3)
+    else:
+        axes.errorbar(lengths, heights, xerr=errors, color=LIGHT.series[0], fmt="o", capsize=3)
     for i, value in enumerate(figure.values):
         text = "no result" if value is None else number(value, figure.unit)
-        end = max(value or 0, 0) + ((figure.errors[i] or 0) if figure.errors and value is not None else 0)
-        axes.annotate(f" {text}", (end, i), va="center", fontsize=9, color=LIGHT.ink)
+        spot: dict[str, Any] = {"va": "center", "fontsize": 9, "color": LIGHT.ink}
+        if value is None:
+            axes.annotate(f" {text}", (0, i), xycoords=("axes fraction", "data"), **spot)
+            continue
+        end = value + ((figure.errors[i] or 0) if figure.errors else 0)
+        axes.annotate(f"  {text}", (max(end, 0) if figure.from_zero else end, i), **spot)
     axes.set_yticks(places, figure.labels)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.set(xlabel=figure.value_label)
-    axes.set_xticks([])
+    if figure.from_zero:
+        axes.set_xticks([])
     axes.tick_params(axis="y", length=0)
 
 

@@ -28,12 +28,13 @@ def number(value: float | None, unit: str = "", digits: int = 4) -> str:
 
 
 def column(values: Sequence[float | None], digits: int = 4) -> list[str]:
-    """Values below each other: all with the same decimals, unless a small one would then look like zero."""
+    """Values below each other: all with the same decimals, as many as they need, unless a small one then looks zero."""
     known = [value for value in values if value]
     places = decimals(known, digits)
     if all(isinstance(value, int) for value in known) or any(abs(value) < 0.95 * 10.0**-places for value in known):
         return [number(value, digits=digits) for value in values]
-    return [number(value) if not value else fixed(value, places) for value in values]
+    needed = max(len(fixed(value, places).rstrip("0").partition(".")[2]) for value in known) if places else 0
+    return [number(value) if not value else fixed(value, needed) for value in values]
 
 
 def decimals(values: Sequence[float], digits: int) -> int:
@@ -128,3 +129,9 @@ def colour_range(figure: Heatmap) -> tuple[float, float]:
     low = figure.low if figure.low is not None else (-largest if figure.signed else min(values))
     high = figure.high if figure.high is not None else (largest if figure.signed else max(values))
     return low, high
+
+
+def cell_decimals(figure: Heatmap) -> int:
+    """Decimals of the numbers in the cells: none for counts, else three digits of the largest."""
+    values = [value for row in figure.values for value in row if value is not None]
+    return 0 if all(value == int(value) for value in values) else decimals(values, 3)

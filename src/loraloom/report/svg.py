@@ -12,9 +12,9 @@ from loraloom.report.model import Bars, Figure, Heatmap, Lines, Scatter
 from loraloom.report.scale import (
     COLOUR_STEPS,
     Axis,
+    cell_decimals,
     colour_range,
     colour_step,
-    decimals,
     fixed,
     linear_axis,
     log_axis,
@@ -112,30 +112,37 @@ def draw_scatter(figure: Scatter) -> ET.Element:
 
 
 def draw_bars(figure: Bars) -> ET.Element:
-    """Horizontal bars from zero, each under its name, the value at the right; whiskers where there are errors."""
+    """Bars from zero, or points on an axis, each under its name, the value at the right; whiskers for errors."""
     row, thick = 40, 14
     errors = figure.errors or [None] * len(figure.values)
-    reach = [0.0]
-    for value, error in zip(figure.values, errors, strict=True):
-        reach += [] if value is None else [value - (error or 0), value + (error or 0)]
-    axis = Axis(min(reach), max(reach), []) if min(reach) < max(reach) else Axis(0.0, 1.0, [])
-    svg = _svg(row * len(figure.labels), "bars")
+    spans = [(v - (e or 0), v + (e or 0)) for v, e in zip(figure.values, errors, strict=True) if v is not None]
+    reach = [end for span in spans for end in span] + ([0.0] if figure.from_zero else [])
+    axis = Axis(min(reach), max(reach), []) if figure.from_zero and min(reach) < max(reach) else linear_axis(reach)
+    svg = _svg(row * len(figure.labels), "bars", bottom=0 if figure.from_zero else 26)
     for i, (label, value, error) in enumerate(zip(figure.labels, figure.values, errors, strict=True)):
-        top = i * row
-        _add(svg, "text", x="0", y=top + 13).text = _cut(label, 30)
-        shown = number(value, figure.unit) + (f" ± {number(error, figure.unit)}" if error is not None else "")
-        text = _add(svg, "text", x="100%", y=top + 13, **{"text-anchor": "end", "class": "strong"})
-        text.text = shown if value is not None else "no result"
-        _add(svg, "rect", x="0", y=top + 19, width="100%", height=thick, **{"class": "track"})
+        top, middle = i * row + 19, i * row + 19 + thick / 2
+        _add(svg, "text", x="0", y=top - 6).text = _cut(label, 30)
+        spread = f" ± {number(error, figure.unit, digits=2)}" if error is not None else ""
+        text = _add(svg, "text", x="100%", y=top - 6, **{"text-anchor": "end", "class": "strong"})
+        text.text = number(value, figure.unit) + spread if value is not None else "no result"
+        _add(svg, "rect", x="0", y=top, width="100%", height=thick, **{"class": "track"})
         if value is None:
             continue
-        start, end = sorted((axis.share(0.0), axis.share(value)))
-        _add(svg, "rect", x=_percent(start), y=top + 19, width=_percent(end - start), height=thick, **{"class": "s0"})
+        if figure.from_zero:
+            start, end = sorted((axis.share(0.0), axis.share(value)))
+            bar = {"x": _percent(start), "width": _percent(end - start), "class": "s0"}
+            _add(svg, "rect", y=top, height=thick, **bar)
         if error:
             low, high = _percent(axis.share(value - error)), _percent(axis.share(value + error))
-            middle = top + 19 + thick / 2
             for x1, x2, half in ((low, high, 0), (low, low, 4), (high, high, 4)):
                 _add(svg, "line", x1=x1, x2=x2, y1=middle - half, y2=middle + half, **{"class": "whisker"})
+        if not figure.from_zero:
+            _add(svg, "circle", cx=_percent(axis.share(value)), cy=middle, r="5", **{"class": "s0"})
+    if not figure.from_zero:
+        for tick in axis.ticks:
+            anchor = {axis.low: "start", axis.high: "end"}.get(tick, "middle")
+            place = {"x": _percent(axis.share(tick)), "text-anchor": anchor, "class": "small"}
+            _add(svg, "text", y=row * len(figure.labels) + 8, **place).text = number(tick)
     return svg
 
 
@@ -144,7 +151,7 @@ def draw_heatmap(figure: Heatmap) -> ET.Element:
     columns, rows = len(figure.columns), len(figure.rows)
     height = 24 if rows <= 40 else 16
     low, high = colour_range(figure)
-    places = decimals([low, high], 3)
+    places = cell_decimals(figure)
     ramp = "d" if figure.signed else "q"
     upright = max(map(len, figure.columns), default=0) * CHARACTER <= 300 / max(columns, 1)
     thinned = not upright and all(name.lstrip("-").isdigit() for name in figure.columns)

@@ -9,7 +9,7 @@ from rich.text import Text
 from loraloom.report.describe import describe, figure_table, table_texts
 from loraloom.report.model import Bars, Heatmap, Lines, Report, Scatter, Section, Table
 from loraloom.report.palette import LIGHT, text_on
-from loraloom.report.scale import colour_range, colour_step, decimals, fixed, number
+from loraloom.report.scale import cell_decimals, colour_range, colour_step, fixed, number
 
 LEVELS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # characters of a small picture
@@ -69,7 +69,7 @@ def _bars(figure: Bars) -> Grid:
     grid = Grid.grid(padding=(0, 2))
     for label, value, error in zip(figure.labels, figure.values, errors, strict=True):
         bar = "█" * max(0, round((value or 0.0) / largest * WIDTH)) if largest > 0 else ""
-        spread = f" ± {number(error, figure.unit)}" if error is not None else ""
+        spread = f" ± {number(error, figure.unit, digits=2)}" if error is not None else ""
         text = "no result" if value is None else number(value, figure.unit) + spread
         grid.add_row(Text(label), Text(bar, LIGHT.series[0]), Text(text))
     return grid
@@ -79,7 +79,7 @@ def _cells(figure: Heatmap) -> Grid:
     """The matrix with its numbers on the page's colours."""
     low, high = colour_range(figure)
     colours = LIGHT.diverging if figure.signed else LIGHT.sequential
-    places = decimals([low, high], 3)
+    places = cell_decimals(figure)
     grid = Grid(box=None, padding=0, header_style="dim", pad_edge=False)
     grid.add_column(figure.row_label, justify="right")
     for name in figure.columns:

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraloom.report.builders.modules import finite
 from loraloom.report.model import Bars, Cell, Fact, Lines, Report, Section, Series, Table
-from loraloom.report.scale import MISSING, number
+from loraloom.report.scale import number
 
 LEARNING_RATE = "training.learning_rate"
 COSTS = (
@@ -14,6 +14,7 @@ COSTS = (
     ("wall_time_seconds", "Wall time", "seconds", "s", "Mean over the method's runs."),
     ("tokens_per_second", "Speed of training", "tokens per second", "tokens/s", "Mean over the method's runs."),
     ("trainable_parameters", "Trainable parameters", "parameters", "", "Frozen ones are not counted."),
+    ("retention", "Retention", "metric on the retention set", "", "What is left of what the base could do before."),
 )
 
 
@@ -38,6 +39,7 @@ def comparison_report(comparison: Mapping[str, Any], command: str) -> Report:
         labels,
         [None if b is None else finite(b["mean"]) for b in best],
         errors if any(error is not None for error in errors) else None,
+        from_zero=False,
     )
     seeds = len(comparison["seeds"])
     sections = [
@@ -52,7 +54,7 @@ def comparison_report(comparison: Mapping[str, Any], command: str) -> Report:
     ]
     for key, title, label, unit, note in COSTS:
         values = [finite(method[key]) for method in methods]
-        if any(value is not None for value in values):
+        if any(values):
             sections.append(Section(title, note, Bars(label, labels, values, unit=unit)))
     if comparison.get("notes"):
         sections.insert(1, Section("Before you believe it", table=Table(["note"], [[n] for n in comparison["notes"]])))
@@ -107,6 +109,7 @@ def _rates(methods: Sequence[Mapping[str, Any]], metric: str) -> list[Section]:
 
 def _table(comparison: Mapping[str, Any], metric: str) -> Table:
     rows: list[list[Cell]] = []
+    rates = all(set(m["best"]["point"]) == {LEARNING_RATE} for m in comparison["methods"] if m["best"] is not None)
     for method in comparison["methods"]:
         best, versus = method["best"], method["versus_baseline"]
         rows.append(
@@ -114,7 +117,7 @@ def _table(comparison: Mapping[str, Any], metric: str) -> Table:
                 method["label"],
                 None if best is None else finite(best["mean"]),
                 None if best is None else finite(best["spread"]),
-                MISSING if best is None else _point(best["point"]),
+                None if best is None else _point(best["point"]),
                 None if versus is None else finite(versus["difference"]),
                 None if versus is None else finite(versus["p_t"]),
                 method["trainable_parameters"],
@@ -125,13 +128,24 @@ def _table(comparison: Mapping[str, Any], metric: str) -> Table:
                 method["failed"],
             ]
         )
-    heads = ["method", metric, "±", "best point", f"vs {comparison['baseline']}", "p (t test)", "trainable parameters"]
+    heads = [
+        "method",
+        metric,
+        "±",
+        "learning rate" if rates else "best point",
+        f"vs {comparison['baseline']}",
+        "p (t test)",
+        "trainable parameters",
+    ]
     heads += ["peak memory", "tokens/s", "seconds", "retention", "failed"]
     used = [i for i in range(len(heads)) if i == 0 or any(row[i] is not None for row in rows)]
     return Table([heads[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
-def _point(point: Mapping[str, Any]) -> str:
+def _point(point: Mapping[str, Any]) -> Cell:
+    """The learning rate alone as a number, else every key with its value."""
+    if set(point) == {LEARNING_RATE}:
+        return point[LEARNING_RATE]
     shown = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in point.items()}
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in shown.items())
 

@@ -22,9 +22,9 @@ def intruder_report(
     """Heatmaps of how much of an adapter is intruder, and the trade-off of a sweep where there is one.
 
     Args:
-        layers: by module name a dict with `intruders` (list of indices among the top k), `max_cosines` (list of the
-            largest cosine of each of the merged weight's top k left singular vectors with any of the base's),
-            `relative_norm` (||dW|| / ||W||, Frobenius) and `effective_rank` (of dW); the last two may be missing.
+        layers: by module name a dict with `intruders` (list of indices among the top k), `cosines` (for each of the
+            merged weight's top k left singular vectors the largest cosine with any of the base's), `relative_norm`
+            (||dW|| / ||W||, Frobenius) and `effective_rank` (of dW); the last two may be missing or None.
         command: what was typed.
         title: of the page, such as the adapter's name.
         epsilon: a vector below this cosine is an intruder.
@@ -34,7 +34,7 @@ def intruder_report(
         retention: name of the metric on what the base could do before.
     """
     counts = {name: float(len(layer["intruders"])) for name, layer in layers.items()}
-    lowest = {name: min(layer["max_cosines"], default=None) for name, layer in layers.items()}
+    lowest = {name: min(layer["cosines"], default=None) for name, layer in layers.items()}
     touched = sum(count > 0 for count in counts.values())
     total = int(sum(counts.values()))
     worst = max(counts, key=lambda name: (counts[name], -(lowest[name] or 0.0)), default=None)
@@ -99,7 +99,7 @@ def _modules_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
         [
             name,
             len(layer["intruders"]),
-            finite(min(layer["max_cosines"], default=None)),
+            finite(min(layer["cosines"], default=None)),
             *(finite(layer.get(key)) for key in keys),
         ]
         for name, layer in layers.items()
