@@ -142,12 +142,10 @@ def _loss(
 ) -> Section:
     train = [(entry["step"], finite(float(entry["loss"]))) for entry in history if "loss" in entry]
     test = _evaluations(result, history, "loss")
-    if not train:
-        return Section("Loss")
-    series = [Series("train", [x for x, _ in train], [y for _, y in train])]
-    series += [Series("test", [x for x, _ in test], [y for _, y in test])]
+    series = [("train", train), ("test", test)]
+    curves = [Series(name, [x for x, _ in points], [y for _, y in points]) for name, points in series if points]
     note = "In training the mean over the steps since the point before, on the test set at each evaluation."
-    return Section("Loss", note, Lines("step", "loss", series, events=_events(selection)))
+    return Section("Loss", note, Lines("step", "loss", curves, events=_events(selection)))
 
 
 def _metric(
