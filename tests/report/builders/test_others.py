@@ -12,6 +12,7 @@ from loraloom.report.builders import (
     inspection_report,
     intruder_report,
     merge_report,
+    trade_off_section,
 )
 
 from ..support import page
@@ -111,62 +112,90 @@ def test_layers_are_in_the_order_of_their_numbers():
     assert heatmap.values == [[None, 1.0, None], [1.0, 1.0, None], [1.0, 1.0, None], [None, None, 2.0]]
 
 
+def layer(name, **changes):
+    known = {"intruders": [], "cosines": [0.9, 0.8], "exact": True, "relative_norm": 0.02, "effective_rank": 3.5}
+    return {"name": name, **known, **changes}
+
+
+def found_in(layers, **changes):
+    return {"adapter": "runs/an-adapter", "top_k": 10, "epsilon": 0.5, "layers": layers, **changes}
+
+
 @pytest.mark.parametrize("found", [0, 2])
 def test_intruders(found):
-    layers = {
-        name: {"intruders": [], "cosines": [0.9, 0.8], "relative_norm": 0.02, "effective_rank": 3.5} for name in MODULES
-    }
-    layers[MODULES[3]] |= {
-        "intruders": [0, 1][:found],
-        "cosines": [0.2, 0.4] if found else [0.9],
-        "relative_norm": None,
-    }
-    report = intruder_report(layers, "c", title="An adapter", epsilon=0.5, top_k=10)
+    layers = [layer(name) for name in MODULES]
+    layers[3] |= {"intruders": [0, 1][:found], "cosines": [0.2, 0.4] if found else [0.9], "relative_norm": None}
+    report = intruder_report(found_in(layers), "c")
     shown = sections(report)
+    assert report.title == "Intruder dimensions of an-adapter"
     counts = shown["Intruder dimensions"].figure
     assert sum(value for row in counts.values for value in row) == found
     assert counts.values[1][1] == found
     assert len(shown["Intruder dimensions"].table.rows) == len(MODULES)
     assert shown["Size of the update"].figure.values[1][1] is None
-    assert "Mitigation trade-off" not in shown
+    assert not {"Mitigation trade-off", "Lost to the rank"} & shown.keys()
+    assert "bound" not in shown["Lowest cosine"].note
     assert report.lead.startswith("2 intruder dimensions in 1 of 6" if found else "No intruder dimension in 6")
 
 
+def test_bounds_are_called_bounds_and_errors_are_shown():
+    layers = [layer(MODULES[0], exact=False, error=0.1), layer(MODULES[1], error=0.2)]
+    shown = sections(intruder_report(found_in(layers), "c"))
+    assert "an upper bound" in shown["Lowest cosine"].note
+    assert shown["Lost to the rank"].figure.values == [[0.1, 0.2]]
+
+
 def test_a_sweep_is_one_curve():
-    sweep = [{"scale": scale, "task": 0.8 * scale, "retention": 1 - scale} for scale in (1.0, 0.5, 0.0)]
-    layers = {MODULES[0]: {"intruders": [0], "cosines": [0.1]}}
-    report = intruder_report(layers, "c", title="t", epsilon=0.5, top_k=1, sweep=sweep, task="accuracy")
-    figure = sections(report)["Mitigation trade-off"].figure
-    assert isinstance(figure, Scatter)
-    assert figure.connected
-    assert [(point.label, point.x, point.y) for point in figure.points] == [
-        ("λ = 1", 0.0, 0.8),
-        ("λ = 0.5", 0.5, 0.4),
-        ("λ = 0", 1.0, 0.0),
-    ]
+    sweep = [{"scale": s, "metrics": {"accuracy": 0.8 * s, "kept": 1 - s}, "error": 0.0} for s in (1.0, 0.5, 0.0)]
+    section = sections(intruder_report(found_in([layer(MODULES[0])]), "c", sweep=sweep))["Mitigation trade-off"]
+    assert isinstance(section.figure, Scatter)
+    assert section.figure.connected
+    assert (section.figure.x_label, section.figure.y_label) == ("kept", "accuracy")
+    drawn = [(point.label, point.x, point.y) for point in section.figure.points]
+    assert drawn == [("λ = 1", 0.0, 0.8), ("λ = 0.5", 0.5, 0.4), ("λ = 0", 1.0, 0.0)]
+    assert section.table.rows[1] == [0.5, 0.4, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("metrics", [{}, {"accuracy": 0.5}])
+def test_a_sweep_with_fewer_metrics_is_drawn_over_the_scale(metrics):
+    sweep = [{"scale": scale, "metrics": metrics, "error": 0.25} for scale in (1.0, 0.5)]
+    section = trade_off_section(sweep)
+    (curve,) = section.figure.series
+    assert (curve.name, curve.y) == (("accuracy", [0.5, 0.5]) if metrics else ("lost to the rank", [0.25, 0.25]))
 
 
 def test_inspection():
-    modules = {name: {"rank": 8, "relative_norm": 0.01 * i, "stable_rank": None} for i, name in enumerate(MODULES)}
-    serving = [{"server": "vLLM", "accepted": False, "reason": "use_dora", "run": "loraloom export --to vllm"}]
+    nothing = dict.fromkeys(["norm", "relative_norm", "effective_rank", "stable_rank", "gate"])
+    layers = [
+        {**nothing, "module": m, "rank": 8, "relative_norm": 0.01 * i, "norm": 1.0} for i, m in enumerate(MODULES)
+    ]
+    layers[0]["relative_norm"] = math.nan
+    finding = {"level": "error", "code": "zero", "message": "B is zero", "names": MODULES}
     inspection = {
-        "adapter": "adapters/one",
+        "path": "adapters/one",
         "method": "DoRA",
+        "base": None,
         "parameters": 12345,
-        "bytes": 49380,
-        "modules": modules,
-        "problems": ["B is zero in every module"],
-        "serving": serving,
+        "nbytes": 49380,
+        "layers": layers,
+        "findings": [finding, {**finding, "level": "warning", "names": []}],
+        "serving": [{"server": "vLLM", "effect": "rejected", "reasons": ["a", "b"], "run": "loraloom export"}],
     }
     report = inspection_report(inspection, "loraloom inspect adapters/one")
     shown = sections(report)
-    assert report.lead == "1 problem found."
-    assert list(shown) == ["Problems", "Size of the update", "Serving"]
-    assert shown["Serving"].table.rows == [["vLLM", "no", "use_dora", "loraloom export --to vllm"]]
-    modules[MODULES[0]]["rank"] = 16
-    report = inspection_report({**inspection, "problems": [], "serving": []}, "c")
-    assert list(sections(report)) == ["Size of the update", "Rank"]
-    assert report.lead == "No problem found."
+    assert report.lead == "1 error and 1 warning."
+    assert list(shown) == ["Findings", "Size of the update", "Serving"]
+    where = f"{', '.join(MODULES[:3])} and 3 more"
+    assert shown["Findings"].table.rows == [["error", "B is zero", where], ["warning", "B is zero", ""]]
+    assert shown["Serving"].table.rows == [["vLLM", "rejected", "a; b", "loraloom export"]]
+    for layer in layers:
+        layer |= {"relative_norm": None, "gate": -1.0}
+    layers[0]["rank"] = 16
+    report = inspection_report({**inspection, "findings": [], "serving": []}, "c")
+    shown = sections(report)
+    assert list(shown) == ["Norm of the update", "Gates", "Rank"]
+    assert shown["Gates"].figure.signed
+    assert report.lead == "Nothing wrong was found."
     assert [fact.value for fact in report.summary if fact.label == "rank"] == ["8 to 16"]
 
 
@@ -180,11 +209,14 @@ def test_merge(verified):
         "peak_memory_bytes": 2**28,
         "seconds": 12.34,
         "modules": dict.fromkeys(MODULES, 0.01),
+        "rounding": 0.0123 if verified else None,
+        "notes": ["One note."] if verified else [],
     }
-    check = {"prompts": 4, "max_logit_difference": 3e-6, "top1_agreement": 1.0}
+    check = {"prompts": 4, "max_logit_difference": 3e-6, "adapter_effect": 1.5, "top1_agreement": 1.0}
     report = merge_report({**merge, "verification": check if verified else None}, "c")
-    sections(report)
+    assert ("Notes" in sections(report)) == verified
     facts = {fact.label: fact.value for fact in report.summary}
     assert facts["written"] == "2.00 GiB"
     assert ("same top token" in facts) == verified
+    assert facts.get("lost by rounding") == ("1.23%" if verified else None)
     assert ("Not verified" in report.lead) != verified
