@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -165,15 +166,20 @@ def test_evaluate_in_a_fresh_process_gives_the_numbers_of_train(run_yaml, tmp_pa
     assert evaluated.stderr == ""
 
 
-def test_weightlora_shows_the_kept_adapters(run_yaml, tmp_path, capsys, in_process):
+def test_weightlora_shows_the_kept_adapters_and_reports_them(run_yaml, tmp_path, capsys, in_process):
     options = ["--method.name", "weightlora", "--method.keep", "3", "--method.select_until", "4"]
-    assert main(["train", str(run_yaml), *options, "--optimizer.gate_lr", "2.0"]) == 0
+    options += ["--optimizer.gate_lr", "2.0", "--report", str(tmp_path / "report")]
+    assert main(["train", str(run_yaml), *options]) == 0
     out = capsys.readouterr().out
     assert "3 of 13 adapters kept: rank and gate" in out
     assert "gates " in out  # in the table of parameter groups
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for adapter in result["adapters"].values():
         assert adapter is None or f"{adapter['r']} {adapter['gate']:.2f}" in out
+    assert out.rstrip().endswith(f"Report: {tmp_path / 'report' / 'report.html'}")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["command"] == shlex.join(["loraloom", "train", str(run_yaml), *options])
+    assert {"Loss", "Gates", "Gates over time"} <= {section["title"] for section in report["sections"]}
 
 
 def test_a_failed_run_is_one_line_and_code_1(run_yaml, capsys, in_process):

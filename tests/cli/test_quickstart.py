@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from loraloom.cli import quickstart
 from loraloom.cli.main import main
+from loraloom.report import load_report
 from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection
 from loraloom.training.evaluate import evaluate_saved
 from loraloom.training.loading import dump_config, load_config
@@ -45,6 +46,12 @@ def test_numbers_and_next_steps(small, capsys):
     for part in ("linear probe, frozen encoder", "adapter_model.safetensors", f"loraloom evaluate {small}"):
         assert part in err
     assert (small / "adapter_model.safetensors").is_file()
+    page = small / "report" / "report.html"
+    assert err.rstrip().endswith(f"Report: {page}")
+    assert page.is_file()
+    report = load_report(small / "report" / "report.json")
+    bars = next(section.figure for section in report.sections if section.title == "What it gains")
+    assert bars.values == [numbers["majority"], numbers["probe"], numbers["fine_tuned"]]
 
 
 def test_a_reload_with_another_result_fails(small, capsys, monkeypatch):

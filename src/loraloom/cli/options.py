@@ -5,12 +5,16 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 
 from loraloom.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from loraloom.report import Report
 
 
 @dataclass
@@ -24,7 +28,31 @@ class Output:
 
     def console(self) -> Console:
         """Where the verb draws; of several processes that torchrun started, only the first one talks."""
-        return Console(stderr=self.json, quiet=self.quiet or os.environ.get("RANK", "0") != "0")
+        return Console(stderr=self.json, quiet=self.quiet or not first_process())
+
+
+def first_process() -> bool:
+    """Whether this is the first, or the only one, of the processes that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass
+class Reporting(Output):
+    """What verbs with a result to look at have besides."""
+
+    report: Path | None = None
+    """Folder for report.json, the page report.html, and PNGs of its figures."""
+
+
+def save_report(report: "Report", directory: str | Path, console: Console) -> None:
+    """Write the report into the folder, and say where its page is, or how to install what would draw it."""
+    from loraloom.report import write_report
+
+    with console.status("Writing the report"):
+        written = write_report(report, directory)
+    if written.missing:
+        console.print(written.missing, highlight=False, soft_wrap=True)
+    console.print(f"Report: {written.page or written.data}", highlight=False, soft_wrap=True)
 
 
 def parse(verb: str, command: type, arguments: Sequence[str]) -> Any:

@@ -1,15 +1,17 @@
 """`loraloom quickstart`: a real encoder, real text, no hub; what the adapter gains, and that it survives a reload."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
-from loraloom.cli.options import Output, parse, quiet_libraries
+from loraloom.cli.options import Output, parse, quiet_libraries, save_report
 from loraloom.errors import RunFailedError
 from loraloom.training.config import (
     TRAINING_DEFAULTS,
@@ -86,6 +88,12 @@ def main(arguments: Sequence[str]) -> None:
             f"the reloaded adapter has accuracy {numbers['reloaded']:.4f}, in training {numbers['fine_tuned']:.4f}"
         )
     show_end(numbers, command.folder, console)
+    from loraloom.report.builders import report_of_run
+
+    compared = {"majority class": numbers["majority"], "linear probe": numbers["probe"]}
+    typed = shlex.join(["loraloom", "quickstart", *arguments])
+    folder = Path(config.output.dir)
+    save_report(report_of_run(folder, typed, compared), folder / "report", console)
     if command.json:
         print(json.dumps(numbers))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 from rich.console import Console
 
-from loraloom.cli.options import Output, parse, quiet_libraries
+from loraloom.cli.options import Reporting, first_process, parse, quiet_libraries, save_report
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.training.config import DataSection, MethodSection, ModelSection, OptimizerSection, OutputSection
 from loraloom.training.loading import load_config
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Train(Output):
+class Train(Reporting):
     """Fine-tune a model as RUN.yaml says.
 
     Every key of its sections can also be given as --section.key value, which wins over the file; --training.KEY takes
@@ -58,6 +58,11 @@ def main(arguments: Sequence[str]) -> None:
         again = shlex.join(["loraloom", "train", *(word for word in arguments if word != "--resume"), "--resume"])
         raise RunInterruptedError(f"{error}; go on with: {again}") from None
     show(result, console)
+    if command.report is not None and first_process():
+        from loraloom.report.builders import report_of_run
+
+        typed = shlex.join(["loraloom", "train", *arguments])
+        save_report(report_of_run(Path(config.output.dir), typed), command.report, console)
     if command.json:
         print(json.dumps(dataclasses.asdict(result)))
 

@@ -1,6 +1,5 @@
 """`AdapterSelection` in transformers' Trainer, and its outcome as a table."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from loraloom.module_names import place
 from loraloom.selection.selection import AdapterSelection
 
 
@@ -74,7 +74,7 @@ def format_selection(selection: AdapterSelection) -> str:
     kept = selection.kept
     rows: dict[str, dict[str, str]] = {}
     for name in selection.modules:
-        layer, module = _place(name)
+        layer, module = place(name)
         rows.setdefault(layer, {})[module] = f"{last.get(name, 1.0):.2f}" if name in kept else "."
     columns = list(dict.fromkeys(module for cells in rows.values() for module in cells))
     table = [["layer", *columns], *([layer, *(cells.get(c, "") for c in columns)] for layer, cells in rows.items())]
@@ -82,11 +82,3 @@ def format_selection(selection: AdapterSelection) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     ranks = ", ".join(str(r) for r in sorted(set(kept.values())))
     return "\n".join([*lines, f"{len(kept)} of {len(selection.modules)} adapters kept, rank {ranks}"])
-
-
-def _place(name: str) -> tuple[str, str]:
-    """Layer number (or "-") and the module's name within the layer."""
-    match = re.search(r"\.(\d+)\.(.+)$|^(\d+)\.(.+)$", name)
-    if match is None:
-        return "-", name
-    return match[1] or match[3], match[2] or match[4]

@@ -1,7 +1,6 @@
 """What a run shows on the terminal: a bar while it works, a table of epochs, a table of results."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraloom.module_names import place, short_names
 from loraloom.optim import Memory
 from loraloom.training.selection import Adapters
 
@@ -154,9 +154,9 @@ def adapters_table(adapters: Adapters) -> Table:
 
     A module is named by the shortest ending of its path that no other module of the table shares.
     """
-    places = {name: _place(name) for name in adapters}
-    modules = list(dict.fromkeys(module for _, module in places.values()))
-    headings = [_shortest_ending(module, modules).replace(".", "\n") for module in modules]
+    places = {name: place(name) for name in adapters}
+    modules = short_names(module for _, module in places.values())
+    headings = [heading.replace(".", "\n") for heading in modules.values()]
     kept = sum(adapter is not None for adapter in adapters.values())
     title = f"{kept} of {len(adapters)} adapters kept: rank and gate"
     table = Table("layer", *headings, title=title, title_justify="left", padding=(0, 1, 0, 0))
@@ -167,15 +167,3 @@ def adapters_table(adapters: Adapters) -> Table:
                 cells[places[name][1]] = "." if adapter is None else f"{adapter['r']} {adapter['gate']:.2f}"
         table.add_row(layer, *cells.values())
     return table
-
-
-def _place(name: str) -> tuple[str, str]:
-    """The number of a module's layer, or "-", and its name within the layer."""
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (match[1], match[2]) if match else ("-", name)
-
-
-def _shortest_ending(module: str, modules: list[str]) -> str:
-    parts = module.split(".")
-    endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-    return next((e for e in endings if sum(f".{m}".endswith(f".{e}") for m in modules) == 1), module)

@@ -42,6 +42,7 @@ from loraloom.training.selection import Adapters, select_in
 from loraloom.training.trainers import CausalTrainer, ExactResumeTrainer
 
 RESOLVED, RESULT, CHECKPOINTS = "resolved.yaml", "metrics.json", "checkpoints"
+STATE = "trainer_state.json"  # transformers' name of it; holds everything that was logged
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ class RunResult:
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Train as `config` says, save into `config.output.dir`, and measure before and after.
 
-    The folder gets the adapter and tokenizer, resolved.yaml, metrics.json (last, so it marks a finished run),
-    checkpoints/ and, from weightlora, selection.json with the gates over time. The first Ctrl-C ends the current step
-    and saves a checkpoint. A resumed run gives bit for bit what the uninterrupted one gives.
+    The folder gets the adapter and tokenizer, resolved.yaml, trainer_state.json with everything that was logged,
+    metrics.json (last, so it marks a finished run), checkpoints/ and, from weightlora, selection.json with the gates
+    over time. The first Ctrl-C ends the current step and saves a checkpoint. A resumed run gives bit for bit what the
+    uninterrupted one gives.
 
     Args:
         config: the run, from `load_config` or built in Python.
@@ -154,6 +156,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         (output / "training_args.bin").unlink(missing_ok=True)
         if selection is not None:
             selection.selection.save(output)
+        state.save_to_json(str(output / STATE))
         write_text_atomically(output / RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
 
@@ -299,7 +302,7 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
                 "--output.overwrite true to replace it"
             )
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        for name in (RESULT, FILE_NAME):
+        for name in (RESULT, STATE, FILE_NAME):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     return None

@@ -1,0 +1,137 @@
+"""Numbers on paper: how they are written, where an axis has its ticks, which colour a value has."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraloom.report.model import Heatmap
+from loraloom.units import readable_bytes
+
+COLOUR_STEPS = 11
+MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+def number(value: float | None, unit: str = "", digits: int = 4) -> str:
+    """A value by itself, in at most `digits` significant digits, or "–" for None: `0.8853`, `1,234`, `1.5e−5`.
+
+    Args:
+        value: the amount.
+        unit: follows the number; "bytes" makes it `1.10 GiB`.
+        digits: trailing zeros are dropped.
+    """
+    if value is None:
+        return MISSING
+    if unit == "bytes":
+        return readable_bytes(value)
+    text = _plain(value, digits)
+    return f"{text}{'' if unit == '%' else ' '}{unit}" if unit else text
+
+
+def column(values: Sequence[float | None], digits: int = 4) -> list[str]:
+    """Values below each other: all with the same decimals, as many as they need, unless a small one then looks zero."""
+    known = [value for value in values if value]
+    places = decimals(known, digits)
+    if all(isinstance(value, int) for value in known) or any(abs(value) < 0.95 * 10.0**-places for value in known):
+        return [number(value, digits=digits) for value in values]
+    needed = max(len(fixed(value, places).rstrip("0").partition(".")[2]) for value in known) if places else 0
+    return [number(value) if not value else fixed(value, needed) for value in values]
+
+
+def decimals(values: Sequence[float], digits: int) -> int:
+    """Decimals with which the largest of the values has `digits` significant digits."""
+    largest = max((abs(value) for value in values), default=0.0)
+    return min(max(0, digits - 1 - math.floor(math.log10(largest))), 9) if largest else 0
+
+
+def fixed(value: float, places: int) -> str:
+    """A value with a fixed number of decimals and a typographic minus; "0" for what is exactly zero."""
+    text = f"{value:,.{places}f}" if value else "0"
+    return text.removeprefix("-") if not text.strip("-0.") else text.replace("-", MINUS)
+
+
+def _plain(value: float, digits: int) -> str:
+    size = abs(value)
+    if value == 0 or (isinstance(value, int) and size < 1e15):
+        return fixed(value, 0)
+    if 1e-3 <= size < 1e15:
+        text = fixed(value, decimals([value], digits))
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From data to a share of the axis, 0 at its beginning and 1 at its end."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where `value` is on the axis."""
+        if self.log:
+            return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+
+def linear_axis(values: Sequence[float], *, tight: bool = False, count: int = 5) -> Axis:
+    """An axis over `values` with about `count` ticks at round numbers.
+
+    Args:
+        values: what it has to hold; none gives 0 to 1, all equal gives room on both sides.
+        tight: end at the smallest and largest value, not at the ticks around them.
+        count: how many intervals to aim at.
+    """
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if low == high:
+        room = abs(low) * 0.1 or 1.0
+        low, high = low - room, high + room
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [round(i * step, 12) for i in range(first, last + 1)]
+    if tight:
+        slack = (high - low) * 1e-9
+        return Axis(low, high, [tick for tick in ticks if low - slack <= tick <= high + slack])
+    return Axis(ticks[0], ticks[-1], ticks)
+
+
+def log_axis(values: Sequence[float]) -> Axis:
+    """A logarithmic axis over positive values: ticks at powers of ten, or at 1, 2, 5 where there are few of those."""
+    low, high = (min(values), max(values)) if values else (1.0, 10.0)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    decades = range(first, max(last, first + 1) + 1)
+    multiples = (1,) if math.log10(high / low) > 3 else (1, 2, 5)
+    candidates = [m * 10.0**power for power in decades for m in multiples]
+    start = max((tick for tick in candidates if tick <= low * 1.0001), default=candidates[0])
+    end = min((tick for tick in candidates if tick >= high * 0.9999), default=candidates[-1])
+    if start == end:
+        end = candidates[candidates.index(start) + 1]
+    return Axis(start, end, [tick for tick in candidates if start <= tick <= end], log=True)
+
+
+def colour_step(value: float, low: float, high: float) -> int:
+    """Which of the `COLOUR_STEPS` colours from `low` to `high` a value has; all equal is the middle one."""
+    if low == high:
+        return COLOUR_STEPS // 2
+    share = min(max((value - low) / (high - low), 0.0), 1.0)
+    return min(int(share * COLOUR_STEPS), COLOUR_STEPS - 1)
+
+
+def colour_range(figure: Heatmap) -> tuple[float, float]:
+    """The values of the first and the last colour."""
+    values = [value for row in figure.values for value in row if value is not None] or [0.0]
+    largest = max(abs(value) for value in values)
+    low = figure.low if figure.low is not None else (-largest if figure.signed else min(values))
+    high = figure.high if figure.high is not None else (largest if figure.signed else max(values))
+    return low, high
+
+
+def cell_decimals(figure: Heatmap) -> int:
+    """Decimals of the numbers in the cells: none for counts, else three digits of the largest."""
+    values = [value for row in figure.values for value in row if value is not None]
+    return 0 if all(value == int(value) for value in values) else decimals(values, 3)

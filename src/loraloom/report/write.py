@@ -1,0 +1,92 @@
+"""From a `Report` to files: report.json, report.html, and a PNG of every figure."""
+
+import dataclasses
+import json
+import platform
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from loraloom import __version__
+from loraloom.files import write_text_atomically
+from loraloom.report.model import Report
+from loraloom.report.schema import to_dict
+
+JSON, PAGE = "report.json", "report.html"
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors")
+INSTALL = "pip install 'loraloom[report]'"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_report` left in the folder."""
+
+    data: Path
+    page: Path | None
+    """None without jinja2."""
+    pictures: list[Path]
+    """Empty without matplotlib."""
+    missing: str = ""
+    """What could not be drawn and how to install it, in one line; empty if nothing is missing."""
+
+
+def write_report(report: Report, directory: str | Path) -> Written:
+    """Write report.json first, then what renders it; each file appears whole or not at all.
+
+    Args:
+        report: `created` and `versions` are filled in where empty, with now and with what is installed.
+        directory: made if it is not there. PNGs that an earlier report left in it are removed.
+
+    Raises:
+        ValueError: the report holds a number that is not finite.
+        OSError: the folder cannot be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    report = dataclasses.replace(
+        report,
+        created=report.created or datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=report.versions or installed_versions(),
+    )
+    data = directory / JSON
+    write_text_atomically(data, json.dumps(to_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    page, pictures, missing = None, [], []
+    try:
+        from loraloom.report.html import render_html
+
+        page = directory / PAGE
+        write_text_atomically(page, render_html(report))
+    except ModuleNotFoundError as error:
+        page, missing = None, [_missing("the page", error)]
+    try:
+        from loraloom.report.png import write_pictures
+
+        pictures = write_pictures(report, directory)
+    except ModuleNotFoundError as error:
+        missing.append(_missing("the pictures for model cards", error))
+    return Written(data, page, pictures, "; ".join(missing))
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of loraloom, Python, and of the packages that decide the numbers, as far as they are installed."""
+    found = {"loraloom": __version__, "Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def slug(title: str) -> str:
+    """A title as part of a file name: "Loss and metrics" gives "loss-and-metrics"."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "figure"
+
+
+def _missing(what: str, error: ModuleNotFoundError) -> str:
+    package = str(error.name).partition(".")[0]
+    if package not in ("jinja2", "markupsafe", "matplotlib"):
+        raise error
+    return f"{what} need{'s' if what == 'the page' else ''} {package}: {INSTALL}"
