@@ -8,13 +8,13 @@ from pathlib import Path
 
 import tyro
 
-from loraloom.cli.options import Output, parse
+from loraloom.cli.options import Reporting, parse, save_report
 from loraloom.cli.train import split_overrides
 from loraloom.errors import InputError, RunInterruptedError
 
 
 @dataclass
-class Compare(Output):
+class Compare(Reporting):
     """Train methods x learning rates x seeds on one task, each run in a process of its own, and compare.
 
     Runs that are finished already are not done again, so the same command goes on after a Ctrl-C or a failure. Every
@@ -49,5 +49,10 @@ def main(arguments: Sequence[str]) -> None:
     for note in comparison.notes:
         console.print(f"- {note}", highlight=False, soft_wrap=True)
     console.print(f"Saved in {comparison.folder}: {RESULT}, runs/", highlight=False, soft_wrap=True)
+    if command.report is not None:
+        from loraloom.report.builders.comparison import comparison_report
+
+        typed = shlex.join(["loraloom", "compare", *arguments])
+        save_report(comparison_report(comparison.to_dict(), typed), command.report, console)
     if command.json:
         print(json.dumps(comparison.to_dict()))

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loraloom.module_names import place, short_names
 from loraloom.optim import Memory
 from loraloom.training.selection import Adapters
+from loraloom.units import readable_bytes
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
 
