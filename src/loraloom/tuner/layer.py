@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.functional import Term, adapted_row_norm, compute_dtype, delta_weight, fold, squared_row_norm
+from loraloom.member_weights import Composition, LayerComposition
 from loraloom.tuner import initialization
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.quantized import restore, snapshot
@@ -50,8 +51,12 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         "loom_mixer",
         "loom_gate_lora_magnitude_vector",
         "loom_lora_magnitude_vector",
+        "loom_logits_lora_magnitude_vector",
     )
-    other_param_names = ("loom_anchor_A", "loom_anchor_B", "r", "lora_alpha", "scaling", "dropout", "row_norms")
+    other_param_names = (
+        *("loom_anchor_A", "loom_anchor_B", "loom_member_bias", "compositions"),
+        *("r", "lora_alpha", "scaling", "dropout", "row_norms"),
+    )
     base_layer: Any  # of many kinds, some from packages that need not be installed
 
     def __init__(self, base_layer: nn.Module, quantization_backend: Any = None) -> None:
@@ -66,6 +71,10 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         # What PiSSA and OLoRA start from, frozen and subtracted, so that the base weight itself never changes.
         self.loom_anchor_A = nn.ModuleDict()
         self.loom_anchor_B = nn.ModuleDict()
+        # Of compositions: what the members' weights come from (N,), and what members add to the bias (N, out), frozen.
+        self.loom_logits_lora_magnitude_vector = nn.ModuleDict()
+        self.loom_member_bias = nn.ModuleDict()
+        self.compositions: dict[str, LayerComposition] = {}
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -74,6 +83,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None  # the base weight as it was before merging
+        self._unmerged_bias: Tensor | None = None
 
     # What a subclass says of itself
 
@@ -128,6 +138,10 @@ class LoomLayer(nn.Module, BaseTunerLayer):
 
     def _initialize(self, adapter_name: str, config: LoomConfig) -> None:
         A, B = self.factor("loom_lora_A", adapter_name), self.factor("loom_lora_B", adapter_name)
+        if config.composition is not None:
+            A.zero_()
+            B.zero_()
+            return
         initialization.init_factors(
             A, B, config.init_lora_weights, lookup=isinstance(self.get_base_layer(), nn.Embedding)
         )
@@ -143,6 +157,36 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         magnitude = self.magnitude(adapter_name)
         if magnitude is not None:
             magnitude.copy_(self._row_norm(adapter_name, self._unmerged_matrix()))
+
+    def add_composition(self, adapter_name: str, composition: Composition, module: str) -> None:
+        """Makes an adapter, just added with rank ``sum(composition.ranks[module])``, a composition with equal weights.
+
+        Its factors are zero until :func:`loraloom.compose` or a checkpoint fills them.
+        """
+        part = self.compositions[adapter_name] = LayerComposition(composition, module)
+        A, B = self.factor("loom_lora_A", adapter_name), self.factor("loom_lora_B", adapter_name)
+        self.loom_logits_lora_magnitude_vector[adapter_name] = Factor(part.start(), trainable=A.requires_grad)
+        if module in composition.biased:
+            bias = torch.zeros(len(part.ranks), B.shape[0], dtype=A.dtype)
+            self.loom_member_bias[adapter_name] = Factor(bias, trainable=False)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._freeze_members()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; the members of a composition stay frozen."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_members()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """As PEFT's; the members of a composition stay frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_members()
+
+    def _freeze_members(self) -> None:
+        for name, part in self.compositions.items():
+            frozen = ["loom_lora_A", "loom_lora_B", *([] if part.trainable else ["loom_logits_lora_magnitude_vector"])]
+            for attribute in frozen:
+                getattr(self, attribute)[name].requires_grad_(False)
 
     def factor(self, attribute: str, adapter_name: str) -> Tensor:
         """One of the adapter's tensors, as it is stored."""
@@ -162,7 +206,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is None:
             return
-        for name in (*self.adapter_layer_names, "loom_anchor_A", "loom_anchor_B"):
+        for name in (*self.adapter_layer_names, "loom_anchor_A", "loom_anchor_B", "loom_member_bias"):
             factors = getattr(self, name)
             if adapter_name in factors and not factors[adapter_name].weight.is_meta:
                 factors[adapter_name].to(device)
@@ -170,7 +214,11 @@ class LoomLayer(nn.Module, BaseTunerLayer):
     def terms(self, adapter_name: str) -> list[Term]:
         """What the adapter's update is the sum of, as matrices, with live parameters."""
 
-        gate = self.optional_factor("loom_gate_lora_magnitude_vector", adapter_name)
+        if adapter_name in self.compositions:
+            logits = self.factor("loom_logits_lora_magnitude_vector", adapter_name)
+            gate: Tensor | None = self.compositions[adapter_name].gate(logits)
+        else:
+            gate = self.optional_factor("loom_gate_lora_magnitude_vector", adapter_name)
         mixer = self.optional_factor("loom_mixer", adapter_name)
         scaling = self.scaling[adapter_name]
 
@@ -182,6 +230,14 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self._modules["loom_anchor_A"]._modules:  # type: ignore[union-attr]
             terms.append(Term(matrix("loom_anchor_A"), matrix("loom_anchor_B"), None, gate, -scaling))
         return terms
+
+    def bias_delta(self, adapter_name: str) -> Tensor | None:
+        """What a composition adds to the bias (out,), or None where no member adds to it."""
+        biases = self.optional_factor("loom_member_bias", adapter_name)
+        if biases is None:
+            return None
+        logits = self.factor("loom_logits_lora_magnitude_vector", adapter_name)
+        return self.compositions[adapter_name].weights(logits).to(biases.dtype) @ biases
 
     def magnitude(self, adapter_name: str) -> Tensor | None:
         """DoRA's m (out,), or None for an adapter without one."""
@@ -271,6 +327,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         merged = self.as_weight(merged).to(self.get_base_weight().dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {', '.join(names)} gives NaN or infinity, so nothing was changed.")
+        self._merge_bias([*self.merged_adapters, *names])
         weight = self.get_base_layer().weight
         if backend is None:
             if self._unmerged is None:
@@ -293,9 +350,24 @@ class LoomLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().weight.copy_(self._unmerged)
         else:
             self.base_layer = restore(self._unmerged)
-        self._unmerged = None
+        if self._unmerged_bias is not None:
+            self.get_base_layer().bias.copy_(self._unmerged_bias)
+        self._unmerged = self._unmerged_bias = None
         self.merged_adapters.clear()
         self._base_changed()
+
+    def _merge_bias(self, adapters: list[str]) -> None:
+        deltas = [delta for delta in map(self.bias_delta, adapters) if delta is not None]
+        if not deltas:
+            return
+        bias = self.get_base_layer().bias
+        if bias is None:
+            raise ValueError(
+                "The adapter adds to the bias of a layer that has none, so it cannot be merged: use it as it is."
+            )
+        if self._unmerged_bias is None:
+            self._unmerged_bias = bias.detach().clone()
+        bias.copy_(self._unmerged_bias + sum(deltas))
 
     def _base_changed(self) -> None:
         for cache in self.row_norms.values():

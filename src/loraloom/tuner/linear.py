@@ -43,7 +43,7 @@ class LoomLinear(LoomLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT can turn the delta of a linear layer into a LoRA; of others it would write one that loads wrong."""
-        return True
+        return adapter_name not in self.loom_member_bias
 
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]
@@ -79,6 +79,9 @@ class LoomLinear(LoomLayer):
             # The sum of several adapters is one adapter with stacked factors.
             term = stack([term for name in plain for term in self.terms(name)])
             result = adapted_linear(x, term, base_out=result)
+            for name in plain:
+                if (delta := self.bias_delta(name)) is not None:
+                    result = result + delta.to(result.dtype)
         return result
 
     def _adapt_one(
@@ -88,6 +91,8 @@ class LoomLinear(LoomLayer):
         dropout = self.dropout[name] if self.training else 0.0
         magnitude = self.magnitude(name)
         norm = None if magnitude is None else self.row_norm(name)
-        return adapted_linear(
+        result = adapted_linear(
             x, term, base_out=base_out, W=W, bias=bias, magnitude=magnitude, norm=norm, dropout=dropout
         )
+        delta = self.bias_delta(name)
+        return result if delta is None else result + delta.to(result.dtype)
