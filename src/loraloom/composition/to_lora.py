@@ -81,14 +81,16 @@ def to_lora(
         adapter_name: the adapter.
         rank: largest rank to keep.
         energy: share of ||D||^2 to keep in every layer, in (0, 1]; the rank is the smallest with which all layers do.
-        save_to: folder for the LoRA as PEFT saves it, modules_to_save included; loads without loraloom.
+        save_to: folder for the LoRA as PEFT saves it, modules_to_save included; loads without loraloom. With members'
+            biases it has PEFT's lora_bias, with which PEFT can run layers that have no bias but not merge them.
         new_adapter: name of a new adapter of the model that holds the LoRA.
 
     Returns:
         Ranks and errors; with neither ``save_to`` nor ``new_adapter`` that is all.
 
     Raises:
-        InputError: no such adapter, a DoRA adapter, or options out of range.
+        InputError: no such adapter, a DoRA adapter, options out of range, or members with a lora_bias where the result
+            cannot have one.
     """
     if adapter_name not in model.peft_config:
         raise InputError(f"the model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}")
@@ -109,6 +111,17 @@ def to_lora(
                 f"{module} has a DoRA magnitude, so its update is no product B A: merge the adapter instead"
             )
     exact = {module: fold(layer.terms(adapter_name)) for module, layer in layers.items()}
+    biases = {module: layer.bias_delta(adapter_name) for module, layer in layers.items()}
+    if biased := [module for module, bias in biases.items() if bias is not None]:
+        if new_adapter is not None:
+            raise InputError(
+                f"{biased[0]} has a bias of its members', which an adapter of the model cannot: use save_to"
+            )
+        if tables := [m for m, layer in layers.items() if isinstance(layer.get_base_layer(), nn.Embedding)]:
+            raise InputError(
+                f"{biased[0]} has a bias of its members' (lora_bias), which PEFT refuses beside an adapted embedding "
+                f"({tables[0]}): merge the adapter, or compose without one of the two"
+            )
     if energy is not None:
         rank = max(_rank_for(svd_of_product(*factors).S, energy) for factors in exact.values())
     common = max(A.shape[0] for A, _ in exact.values())
@@ -134,9 +147,8 @@ def to_lora(
             A, B = nn.functional.pad(A, (0, 0, 0, padding)), nn.functional.pad(B, (0, padding))
         factors[module] = (A, B)
     error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
-    biases = {module: layer.bias_delta(adapter_name) for module, layer in layers.items()}
     if new_adapter is not None:
-        _add(model, new_adapter, adapter_name, layers, factors, biases)
+        _add(model, new_adapter, adapter_name, layers, factors)
     if save_to is not None:
         _save(model, Path(save_to), adapter_name, layers, factors, biases)
     return LoraReport(common, error, report, None if save_to is None else str(save_to))
@@ -148,9 +160,7 @@ def _rank_for(S: Tensor, energy: float) -> int:
     return min(int((kept < energy * kept[-1]).sum()) + 1, len(S))
 
 
-def _add(model: PeftModel, name: str, source: str, layers: dict, factors: dict, biases: dict) -> None:
-    if biased := [module for module, bias in biases.items() if bias is not None]:
-        raise InputError(f"{biased[0]} has a bias of its members', which an adapter of the model cannot: use save_to")
+def _add(model: PeftModel, name: str, source: str, layers: dict, factors: dict) -> None:
     config = model.peft_config[source]
     rank = next(iter(factors.values()))[0].shape[0]
     values = {"r": rank, "lora_alpha": rank, "target_modules": list(factors), "task_type": config.task_type}
