@@ -163,14 +163,14 @@ class LayerComposition:
         self.constraint = composition.constraint
         self.trainable = composition.trainable
         self.tie: Tie | None = None
-        mask = torch.tensor([rank > 0 for rank in self.ranks])
-        # Over whom weights are normalised; what shares a v is projected as one.
-        group = [other for other in composition.ranks if composition.group(other) == composition.group(module)]
-        among = torch.tensor([composition.ranks[other] for other in group]).bool().any(0)
-        self.present = mask
-        self.among = among if composition.constraint != "softmax" else mask
+        self.owner = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
+        # Over whom the weights add up: a softmax is taken in each layer, a projection of v, which layers may share.
+        together = [self.ranks]
+        if composition.constraint != "softmax" and composition.scope != "layer":
+            group = composition.group(module)
+            together = [ranks for other, ranks in composition.ranks.items() if composition.group(other) == group]
+        self.among = torch.tensor(together).bool().any(0)
         self.everyone = composition.normalize == "all" or bool(self.among.all())
-        self.owner = torch.arange(len(mask)).repeat_interleave(torch.tensor(self.ranks))
 
     def start(self) -> Tensor:
         """v (N,) for equal weights."""

@@ -64,6 +64,7 @@ class StoredAdapter:
     def __init__(self, path: Path, config: dict[str, Any], checkpoint: Checkpoint) -> None:
         self.path, self.config, self.checkpoint = path, config, checkpoint
         self.kind: str = config["peft_type"]
+        self._composition = _composition(path, config.get("composition"))
         self._keys: dict[str, dict[str, str]] = {}
         self.others: list[str] = []
         for key in checkpoint:
@@ -101,7 +102,7 @@ class StoredAdapter:
         """What the module's update is the sum of, as matrices A (r, in), B (out, r), in the dtype of the file."""
         scaling, gate = self.scaling(module), self.part(module, "gate")
         if (logits := self.part(module, "logits")) is not None:
-            gate = self._composition(module).gate(logits)
+            gate = self._members(module).gate(logits)
         terms = [Term(self._matrix(module, "A"), self._matrix(module, "B"), self.part(module, "mixer"), gate, scaling)]
         if "anchor_A" in self._keys[module]:
             anchors = self._matrix(module, "anchor_A"), self._matrix(module, "anchor_B")
@@ -118,7 +119,7 @@ class StoredAdapter:
         bias, member_bias = self.part(module, "bias"), self.part(module, "member_bias")
         if member_bias is not None:
             logits: Any = self.part(module, "logits")
-            return self._composition(module).weights(logits).to(member_bias.dtype) @ member_bias
+            return self._members(module).weights(logits).to(member_bias.dtype) @ member_bias
         return None if bias is None else bias * self.scaling(module)
 
     @property
@@ -127,13 +128,10 @@ class StoredAdapter:
         with open(next(iter(self.checkpoint.files)), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _composition(self, module: str) -> LayerComposition:
-        try:
-            return LayerComposition(Composition.from_dict(self.config.get("composition") or {}), module)
-        except (KeyError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: the composition of {module} is broken ({error}): compose it again"
-            ) from None
+    def _members(self, module: str) -> LayerComposition:
+        if self._composition is None or module not in self._composition.ranks:
+            raise InputError(f"{self.path / CONFIG} does not say which members {module} has: compose the adapter again")
+        return LayerComposition(self._composition, module)
 
     def _matrix(self, module: str, part: str) -> Tensor:
         return self.checkpoint.tensor(self._keys[module][part]).flatten(1)
@@ -229,6 +227,13 @@ def as_matrix(weight: Tensor, transposed: bool) -> Tensor:
 def as_weight(matrix: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
     """The inverse of :func:`as_matrix`."""
     return matrix.T if transposed else matrix.reshape(shape)
+
+
+def _composition(path: Path, values: dict[str, Any] | None) -> Composition | None:
+    try:
+        return None if values is None else Composition.from_dict(values)
+    except ValueError as error:
+        raise InputError(f"{path / CONFIG}: {error}") from None
 
 
 def _split(key: str, parts: dict[str, str]) -> tuple[str, str | None]:

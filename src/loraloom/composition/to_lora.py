@@ -110,7 +110,6 @@ def to_lora(
             raise InputError(
                 f"{module} has a DoRA magnitude, so its update is no product B A: merge the adapter instead"
             )
-    exact = {module: fold(layer.terms(adapter_name)) for module, layer in layers.items()}
     biases = {module: layer.bias_delta(adapter_name) for module, layer in layers.items()}
     if biased := [module for module, bias in biases.items() if bias is not None]:
         if new_adapter is not None:
@@ -122,36 +121,39 @@ def to_lora(
                 f"{biased[0]} has a bias of its members' (lora_bias), which PEFT refuses beside an adapted embedding "
                 f"({tables[0]}): merge the adapter, or compose without one of the two"
             )
+    full = {m: sum(term.A.shape[0] for term in layer.terms(adapter_name)) for m, layer in layers.items()}
     if energy is not None:
-        rank = max(_rank_for(svd_of_product(*factors).S, energy) for factors in exact.values())
-    common = max(A.shape[0] for A, _ in exact.values())
-    common = common if rank is None else min(rank, common)
+        rank = max(_rank_for(svd_of_product(*fold(layer.terms(adapter_name))).S, energy) for layer in layers.values())
+    common = max(full.values()) if rank is None else min(rank, max(full.values()))
 
     report, factors, squared_error, squared_norm = {}, {}, 0.0, 0.0
-    for module, (A, B) in exact.items():
-        dtype, full, S = A.dtype, A.shape[0], torch.zeros(0)
+    for module, layer in layers.items():
+        A, B = fold(layer.terms(adapter_name))
+        dropped = total = 0.0
         if rank is not None:
             U, S, V = svd_of_product(A, B)
-        if full > common:
-            root = S[:common].sqrt()
-            A, B = ((V[:, :common] * root).T.to(dtype), (U[:, :common] * root).to(dtype))
-        dropped, total = float(S[common:].square().sum()), float(S.square().sum())
-        report[module] = {
-            "rank": full,
-            "kept": min(full, common),
-            "relative_error": (dropped / total) ** 0.5 if total else 0.0,
-        }
+            dropped, total = float(S[common:].square().sum()), float(S.square().sum())
+            if full[module] > common:
+                root = S[:common].sqrt()
+                A, B = ((V[:, :common] * root).T.to(A.dtype), (U[:, :common] * root).to(B.dtype))
         squared_error, squared_norm = squared_error + dropped, squared_norm + total
+        report[module] = {
+            "rank": full[module],
+            "kept": min(full[module], common),
+            "relative_error": _ratio(dropped, total),
+        }
         padding = common - A.shape[0]
-        if padding > 0:
-            A, B = nn.functional.pad(A, (0, 0, 0, padding)), nn.functional.pad(B, (0, padding))
-        factors[module] = (A, B)
-    error = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+        factors[module] = (nn.functional.pad(A, (0, 0, 0, padding)), nn.functional.pad(B, (0, padding)))
     if new_adapter is not None:
         _add(model, new_adapter, adapter_name, layers, factors)
     if save_to is not None:
         _save(model, Path(save_to), adapter_name, layers, factors, biases)
+    error = _ratio(squared_error, squared_norm)
     return LoraReport(common, error, report, None if save_to is None else str(save_to))
+
+
+def _ratio(squared_error: float, squared_norm: float) -> float:
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
 def _rank_for(S: Tensor, energy: float) -> int:

@@ -13,34 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.functional import Term, adapted_row_norm, compute_dtype, delta_weight, fold, squared_row_norm
-from loraloom.member_weights import Composition, LayerComposition
+from loraloom.member_weights import LayerComposition
 from loraloom.tuner import initialization
+from loraloom.tuner.composed import ComposedLayer, Factor
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.quantized import restore, snapshot
-from loraloom.tuner.registration import BaseTunerLayer, check_adapters_to_merge, gather_params_ctx
+from loraloom.tuner.registration import check_adapters_to_merge, gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 
-class Factor(nn.Module):
-    """Holds one tensor of an adapter. Each has a module of its own, so that sharding and saving see plain weights."""
-
-    dtype_is_settled = False  # see LoomModel._cast_adapter_dtype
-
-    def __init__(self, weight: Tensor, trainable: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=trainable)
-
-    def forward(self) -> Tensor:
-        """The tensor; where accelerate has offloaded it, calling the module brings it in."""
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return "x".join(map(str, self.weight.shape))
-
-
-class LoomLayer(nn.Module, BaseTunerLayer):
+class LoomLayer(nn.Module, ComposedLayer):
     """Base of the adapted layers; the adapter's tensors are ``<attribute>.<adapter>.weight``."""
 
     # The names decide how others treat the tensors: "lora_A" and "lora_B" are what optimizers group by, and TRL casts
@@ -158,36 +142,6 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         if magnitude is not None:
             magnitude.copy_(self._row_norm(adapter_name, self._unmerged_matrix()))
 
-    def add_composition(self, adapter_name: str, composition: Composition, module: str) -> None:
-        """Makes an adapter, just added with rank ``sum(composition.ranks[module])``, a composition with equal weights.
-
-        Its factors are zero until :func:`loraloom.compose` or a checkpoint fills them.
-        """
-        part = self.compositions[adapter_name] = LayerComposition(composition, module)
-        A, B = self.factor("loom_lora_A", adapter_name), self.factor("loom_lora_B", adapter_name)
-        self.loom_logits_lora_magnitude_vector[adapter_name] = Factor(part.start(), trainable=A.requires_grad)
-        if module in composition.biased:
-            bias = torch.zeros(len(part.ranks), B.shape[0], dtype=A.dtype)
-            self.loom_member_bias[adapter_name] = Factor(bias, trainable=False)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._freeze_members()
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's; the members of a composition stay frozen."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._freeze_members()
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """As PEFT's; the members of a composition stay frozen."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        self._freeze_members()
-
-    def _freeze_members(self) -> None:
-        for name, part in self.compositions.items():
-            frozen = ["loom_lora_A", "loom_lora_B", *([] if part.trainable else ["loom_logits_lora_magnitude_vector"])]
-            for attribute in frozen:
-                getattr(self, attribute)[name].requires_grad_(False)
-
     def factor(self, attribute: str, adapter_name: str) -> Tensor:
         """One of the adapter's tensors, as it is stored."""
         factor: Any = self.optional_factor(attribute, adapter_name)
@@ -230,14 +184,6 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self._modules["loom_anchor_A"]._modules:  # type: ignore[union-attr]
             terms.append(Term(matrix("loom_anchor_A"), matrix("loom_anchor_B"), None, gate, -scaling))
         return terms
-
-    def bias_delta(self, adapter_name: str) -> Tensor | None:
-        """What a composition adds to the bias (out,), or None where no member adds to it."""
-        biases = self.optional_factor("loom_member_bias", adapter_name)
-        if biases is None:
-            return None
-        logits = self.factor("loom_logits_lora_magnitude_vector", adapter_name)
-        return self.compositions[adapter_name].weights(logits).to(biases.dtype) @ biases
 
     def magnitude(self, adapter_name: str) -> Tensor | None:
         """DoRA's m (out,), or None for an adapter without one."""
