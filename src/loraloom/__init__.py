@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LoomConfig": "loraloom.tuner",
     "LoomModel": "loraloom.tuner",
+    "compose": "loraloom.composition",
 }
 __all__ = [*_EXPORTS]
 

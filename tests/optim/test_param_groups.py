@@ -83,7 +83,7 @@ def test_gated_adapters_with_mixers_and_logits() -> None:
     model = gated_model(depth=2)
     model.layers[0].loom_mixer = nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)})
     model.layers[0].loom_lora_magnitude_vector = nn.ModuleDict({"default": Vector(6)})
-    model.layers[1].loom_logits = nn.ParameterDict({"default": nn.Parameter(torch.zeros(3))})
+    model.layers[1].loom_logits_lora_magnitude_vector = nn.ParameterDict({"default": nn.Parameter(torch.zeros(3))})
     groups = build_param_groups(model, 1e-3, gate_lr=5.0, logit_lr=0.1)
     assert_partition(model, groups)
     names = names_by_group(model, groups)
@@ -93,7 +93,7 @@ def test_gated_adapters_with_mixers_and_logits() -> None:
         "layers.1.loom_lora_A.weight",
     ]
     assert names["gates"] == [f"layers.{i}.loom_gate_lora_magnitude_vector.weight" for i in range(2)]
-    assert names["logits"] == ["layers.1.loom_logits"]
+    assert names["logits"] == ["layers.1.loom_logits_lora_magnitude_vector"]
     assert names["no_decay"] == ["layers.0.loom_lora_magnitude_vector.weight"]
     assert {group["name"]: (group["lr"], group["weight_decay"], group["is_gate"]) for group in groups} == {
         "lora_A": (1e-3, 1e-2, False),

@@ -16,6 +16,7 @@ from torch import Tensor
 from loraloom.checkpoint.io import Checkpoint, locate, open_checkpoint, read_json
 from loraloom.errors import InputError
 from loraloom.functional import Term
+from loraloom.member_weights import Composition, LayerComposition
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -37,6 +38,8 @@ _PARTS = {
         "loom_lora_magnitude_vector": "magnitude",
         "loom_anchor_A": "anchor_A",
         "loom_anchor_B": "anchor_B",
+        "loom_logits_lora_magnitude_vector": "logits",
+        "loom_member_bias": "member_bias",
     },
 }
 # Fields of PEFT's LoraConfig that make another function of the same tensors.
@@ -61,6 +64,7 @@ class StoredAdapter:
     def __init__(self, path: Path, config: dict[str, Any], checkpoint: Checkpoint) -> None:
         self.path, self.config, self.checkpoint = path, config, checkpoint
         self.kind: str = config["peft_type"]
+        self._composition = _composition(path, config.get("composition"))
         self._keys: dict[str, dict[str, str]] = {}
         self.others: list[str] = []
         for key in checkpoint:
@@ -97,6 +101,8 @@ class StoredAdapter:
     def terms(self, module: str) -> list[Term]:
         """What the module's update is the sum of, as matrices A (r, in), B (out, r), in the dtype of the file."""
         scaling, gate = self.scaling(module), self.part(module, "gate")
+        if (logits := self.part(module, "logits")) is not None:
+            gate = self._members(module).gate(logits)
         terms = [Term(self._matrix(module, "A"), self._matrix(module, "B"), self.part(module, "mixer"), gate, scaling)]
         if "anchor_A" in self._keys[module]:
             anchors = self._matrix(module, "anchor_A"), self._matrix(module, "anchor_B")
@@ -109,8 +115,11 @@ class StoredAdapter:
         return None if magnitude is None else magnitude.flatten()  # PEFT stores (1, out, 1, 1) for convolutions
 
     def lora_bias(self, module: str) -> Tensor | None:
-        """What the update adds to the layer's bias (out,), scaled; only PEFT's lora_bias has one."""
-        bias = self.part(module, "bias")
+        """What the update adds to the layer's bias (out,), scaled: PEFT's lora_bias, or that of a composition."""
+        bias, member_bias = self.part(module, "bias"), self.part(module, "member_bias")
+        if member_bias is not None:
+            logits: Any = self.part(module, "logits")
+            return self._members(module).weights(logits).to(member_bias.dtype) @ member_bias
         return None if bias is None else bias * self.scaling(module)
 
     @property
@@ -118,6 +127,11 @@ class StoredAdapter:
         """Hash of the weights file, in hexadecimal."""
         with open(next(iter(self.checkpoint.files)), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _members(self, module: str) -> LayerComposition:
+        if self._composition is None or module not in self._composition.ranks:
+            raise InputError(f"{self.path / CONFIG} does not say which members {module} has: compose the adapter again")
+        return LayerComposition(self._composition, module)
 
     def _matrix(self, module: str, part: str) -> Tensor:
         return self.checkpoint.tensor(self._keys[module][part]).flatten(1)
@@ -213,6 +227,13 @@ def as_matrix(weight: Tensor, transposed: bool) -> Tensor:
 def as_weight(matrix: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
     """The inverse of :func:`as_matrix`."""
     return matrix.T if transposed else matrix.reshape(shape)
+
+
+def _composition(path: Path, values: dict[str, Any] | None) -> Composition | None:
+    try:
+        return None if values is None else Composition.from_dict(values)
+    except ValueError as error:
+        raise InputError(f"{path / CONFIG}: {error}") from None
 
 
 def _split(key: str, parts: dict[str, str]) -> tuple[str, str | None]:

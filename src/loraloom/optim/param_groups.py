@@ -31,7 +31,7 @@ _GROUP_OF_PART = {
     "lora_B": "lora_B",
     "lora_embedding_B": "lora_B",
     "loom_gate_lora_magnitude_vector": "gates",
-    "loom_logits": "logits",
+    "loom_logits_lora_magnitude_vector": "logits",
     "lora_magnitude_vector": "no_decay",
     "modules_to_save": "heads",
 }

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from peft import LoraConfig, PeftConfig
 
+from loraloom.member_weights import Composition
 from loraloom.tuner.registration import LOOM
 
 FORMAT_VERSION = 1
@@ -79,6 +80,8 @@ class LoomConfig(PeftConfig):
     """Read by PEFT; adapting bare nn.Parameters is not supported."""
     allow_unmatched: bool = False
     """Warn, instead of raising, when a name in target_modules or a pattern matches nothing."""
+    composition: Composition | None = None
+    """The members of an adapter that `loraloom.compose` made of many; written by it, not set by hand."""
     loom_format_version: int = FORMAT_VERSION
     """Version of the checkpoint format; written by loraloom, not set by hand."""
 
@@ -119,6 +122,12 @@ class LoomConfig(PeftConfig):
             )
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError(f"init_lora_weights='orthogonal' needs even ranks, got r={self.r}, {self.rank_pattern}.")
+        if isinstance(self.composition, dict):
+            self.composition = Composition.from_dict(self.composition)
+        if self.composition is not None and (self.use_mixer or self.use_gate or self.use_dora):
+            raise ValueError(
+                "A composition has no mixer, gate or magnitude of its own: leave out use_mixer, use_gate and use_dora."
+            )
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):

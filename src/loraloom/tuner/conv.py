@@ -57,6 +57,8 @@ class LoomConv(LoomLayer):
             # The base's own rule for stride, dilation and padding (of any mode), with A in place of its weight.
             h = base._conv_forward(xd, A.reshape(-1, self.in_features, *kernel), None)
             z = base_out + _CONVOLUTIONS[len(kernel)](h, B.reshape(*B.shape, *(1 for _ in kernel)))
+            if (delta := self.bias_delta(name)) is not None:
+                z = z + delta.to(z.dtype).view(-1, *(1 for _ in kernel))
             magnitude = self.magnitude(name)
             if magnitude is not None:
                 z = rescale(z, magnitude / self.row_norm(name), base.bias, channels)

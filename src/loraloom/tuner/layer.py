@@ -13,33 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.functional import Term, adapted_row_norm, compute_dtype, delta_weight, fold, squared_row_norm
+from loraloom.member_weights import LayerComposition
 from loraloom.tuner import initialization
+from loraloom.tuner.composed import ComposedLayer, Factor
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.quantized import restore, snapshot
-from loraloom.tuner.registration import BaseTunerLayer, check_adapters_to_merge, gather_params_ctx
+from loraloom.tuner.registration import check_adapters_to_merge, gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 
-class Factor(nn.Module):
-    """Holds one tensor of an adapter. Each has a module of its own, so that sharding and saving see plain weights."""
-
-    dtype_is_settled = False  # see LoomModel._cast_adapter_dtype
-
-    def __init__(self, weight: Tensor, trainable: bool = True) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=trainable)
-
-    def forward(self) -> Tensor:
-        """The tensor; where accelerate has offloaded it, calling the module brings it in."""
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return "x".join(map(str, self.weight.shape))
-
-
-class LoomLayer(nn.Module, BaseTunerLayer):
+class LoomLayer(nn.Module, ComposedLayer):
     """Base of the adapted layers; the adapter's tensors are ``<attribute>.<adapter>.weight``."""
 
     # The names decide how others treat the tensors: "lora_A" and "lora_B" are what optimizers group by, and TRL casts
@@ -50,8 +35,12 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         "loom_mixer",
         "loom_gate_lora_magnitude_vector",
         "loom_lora_magnitude_vector",
+        "loom_logits_lora_magnitude_vector",
     )
-    other_param_names = ("loom_anchor_A", "loom_anchor_B", "r", "lora_alpha", "scaling", "dropout", "row_norms")
+    other_param_names = (
+        *("loom_anchor_A", "loom_anchor_B", "loom_member_bias", "compositions"),
+        *("r", "lora_alpha", "scaling", "dropout", "row_norms"),
+    )
     base_layer: Any  # of many kinds, some from packages that need not be installed
 
     def __init__(self, base_layer: nn.Module, quantization_backend: Any = None) -> None:
@@ -66,6 +55,10 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         # What PiSSA and OLoRA start from, frozen and subtracted, so that the base weight itself never changes.
         self.loom_anchor_A = nn.ModuleDict()
         self.loom_anchor_B = nn.ModuleDict()
+        # Of compositions: what the members' weights come from (N,), and what members add to the bias (N, out), frozen.
+        self.loom_logits_lora_magnitude_vector = nn.ModuleDict()
+        self.loom_member_bias = nn.ModuleDict()
+        self.compositions: dict[str, LayerComposition] = {}
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -74,6 +67,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None  # the base weight as it was before merging
+        self._unmerged_bias: Tensor | None = None
 
     # What a subclass says of itself
 
@@ -128,6 +122,10 @@ class LoomLayer(nn.Module, BaseTunerLayer):
 
     def _initialize(self, adapter_name: str, config: LoomConfig) -> None:
         A, B = self.factor("loom_lora_A", adapter_name), self.factor("loom_lora_B", adapter_name)
+        if config.composition is not None:
+            A.zero_()
+            B.zero_()
+            return
         initialization.init_factors(
             A, B, config.init_lora_weights, lookup=isinstance(self.get_base_layer(), nn.Embedding)
         )
@@ -162,7 +160,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is None:
             return
-        for name in (*self.adapter_layer_names, "loom_anchor_A", "loom_anchor_B"):
+        for name in (*self.adapter_layer_names, "loom_anchor_A", "loom_anchor_B", "loom_member_bias"):
             factors = getattr(self, name)
             if adapter_name in factors and not factors[adapter_name].weight.is_meta:
                 factors[adapter_name].to(device)
@@ -170,7 +168,11 @@ class LoomLayer(nn.Module, BaseTunerLayer):
     def terms(self, adapter_name: str) -> list[Term]:
         """What the adapter's update is the sum of, as matrices, with live parameters."""
 
-        gate = self.optional_factor("loom_gate_lora_magnitude_vector", adapter_name)
+        if adapter_name in self.compositions:
+            logits = self.factor("loom_logits_lora_magnitude_vector", adapter_name)
+            gate: Tensor | None = self.compositions[adapter_name].gate(logits)
+        else:
+            gate = self.optional_factor("loom_gate_lora_magnitude_vector", adapter_name)
         mixer = self.optional_factor("loom_mixer", adapter_name)
         scaling = self.scaling[adapter_name]
 
@@ -271,6 +273,7 @@ class LoomLayer(nn.Module, BaseTunerLayer):
         merged = self.as_weight(merged).to(self.get_base_weight().dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {', '.join(names)} gives NaN or infinity, so nothing was changed.")
+        self._merge_bias([*self.merged_adapters, *names])
         weight = self.get_base_layer().weight
         if backend is None:
             if self._unmerged is None:
@@ -293,9 +296,24 @@ class LoomLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().weight.copy_(self._unmerged)
         else:
             self.base_layer = restore(self._unmerged)
-        self._unmerged = None
+        if self._unmerged_bias is not None:
+            self.get_base_layer().bias.copy_(self._unmerged_bias)
+        self._unmerged = self._unmerged_bias = None
         self.merged_adapters.clear()
         self._base_changed()
+
+    def _merge_bias(self, adapters: list[str]) -> None:
+        deltas = [delta for delta in map(self.bias_delta, adapters) if delta is not None]
+        if not deltas:
+            return
+        bias = self.get_base_layer().bias
+        if bias is None:
+            raise ValueError(
+                "The adapter adds to the bias of a layer that has none, so it cannot be merged: use it as it is."
+            )
+        if self._unmerged_bias is None:
+            self._unmerged_bias = bias.detach().clone()
+        bias.copy_(self._unmerged_bias + sum(deltas))
 
     def _base_changed(self) -> None:
         for cache in self.row_norms.values():

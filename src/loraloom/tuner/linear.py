@@ -43,14 +43,20 @@ class LoomLinear(LoomLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT can turn the delta of a linear layer into a LoRA; of others it would write one that loads wrong."""
-        return True
+        return adapter_name not in self.loom_member_bias
 
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]
-        if len(adapters) > 1 or type(base) is not nn.Linear or not self._calls_only_linear(base, x):
+        if not self._add_up(adapters) or type(base) is not nn.Linear or not self._calls_only_linear(base, x):
             return super().adapted_forward(x, adapters, *args, **kwargs)
         # One node for base and adapter: no second pass over the output, nor over the gradient of the input.
-        return self._adapt_one(x, adapters[0], base._parameters["bias"], W=base._parameters["weight"])
+        return self._adapt_by(adapters, x, base._parameters["bias"], W=base._parameters["weight"])
+
+    def _add_up(self, adapters: list[str]) -> bool:
+        """Whether the adapters are as one with stacked factors: plain ones, none with a dropout mask of its own."""
+        return len(adapters) == 1 or not any(
+            self.magnitude(name) is not None or (self.training and self.dropout[name]) for name in adapters
+        )
 
     def _calls_only_linear(self, base: nn.Linear, x: Tensor) -> bool:
         weight = base._parameters["weight"]
@@ -64,30 +70,30 @@ class LoomLinear(LoomLayer):
 
     def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str]) -> Tensor:
         bias = getattr(self.get_base_layer(), "bias", None)
-        if len(adapters) == 1:
-            return self._adapt_one(x, adapters[0], bias, base_out)
+        if self._add_up(adapters):
+            return self._adapt_by(adapters, x, bias, base_out)
         dora = [name for name in adapters if self.magnitude(name) is not None]
         plain = [name for name in adapters if name not in dora]
         result = base_out
         for name in dora:
             # Each DoRA adapter refers to the base weight alone, as in merging; several of them add their differences.
-            result = result + (self._adapt_one(x, name, bias, base_out) - base_out)
-        if self.training and any(self.dropout[name] for name in plain):
-            for name in plain:  # each draws a mask of its own
-                result = self._adapt_one(x, name, bias, result)
-        elif plain:
-            # The sum of several adapters is one adapter with stacked factors.
-            term = stack([term for name in plain for term in self.terms(name)])
-            result = adapted_linear(x, term, base_out=result)
+            result = result + (self._adapt_by([name], x, bias, base_out) - base_out)
+        for names in [plain] if plain and self._add_up(plain) else [[name] for name in plain]:
+            result = self._adapt_by(names, x, bias, result)
         return result
 
-    def _adapt_one(
-        self, x: Tensor, name: str, bias: Tensor | None, base_out: Tensor | None = None, W: Tensor | None = None
+    def _adapt_by(
+        self, names: list[str], x: Tensor, bias: Tensor | None, base_out: Tensor | None = None, W: Tensor | None = None
     ) -> Tensor:
-        term = stack(self.terms(name))
-        dropout = self.dropout[name] if self.training else 0.0
-        magnitude = self.magnitude(name)
-        norm = None if magnitude is None else self.row_norm(name)
-        return adapted_linear(
+        """The output with adapters that add up (see _add_up), which are one with stacked factors."""
+        term = stack([term for name in names for term in self.terms(name)])
+        dropout = self.dropout[names[0]] if self.training else 0.0
+        magnitude = self.magnitude(names[0])
+        norm = None if magnitude is None else self.row_norm(names[0])
+        result = adapted_linear(
             x, term, base_out=base_out, W=W, bias=bias, magnitude=magnitude, norm=norm, dropout=dropout
         )
+        for name in names:
+            if (delta := self.bias_delta(name)) is not None:
+                result = result + delta.to(result.dtype)
+        return result

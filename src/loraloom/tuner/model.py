@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loraloom.member_weights import Tie
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.layer import BASE, Factor, LoomLayer
@@ -48,6 +49,28 @@ class LoomModel(BaseTuner):
                     f"The model has a module {name!r}: names that start with {PREFIX!r} are the adapter's. Rename it."
                 )
         check_patterns(peft_config, model, partial(self._check_target_module_exists, peft_config))
+        composition = getattr(peft_config, "composition", None)
+        if composition is not None:
+            present = {name for name, _ in model.named_modules()}
+            if absent := [name for name in composition.ranks if name not in present]:
+                raise ValueError(
+                    f"The composition adapts {len(absent)} modules that the model does not have ({absent[0]}, ...): it "
+                    "belongs to another base model."
+                )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; the layers of a composition whose scope is wider than a layer are tied."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        composition = getattr(self.peft_config[adapter_name], "composition", None)
+        if composition is None or composition.scope == "layer":
+            return
+        groups: dict[str, list[LoomLayer]] = {}
+        for module in composition.ranks:
+            groups.setdefault(composition.group(module), []).append(model.get_submodule(module))  # type: ignore[arg-type]
+        for layers in groups.values():
+            tie = Tie([layer.loom_logits_lora_magnitude_vector[adapter_name] for layer in layers])
+            for layer in layers:
+                layer.compositions[adapter_name].tie = tie
 
     def _create_and_replace(
         self,
@@ -62,11 +85,20 @@ class LoomModel(BaseTuner):
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
         r = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
         alpha = alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha)
+        composition = peft_config.composition
+        if composition is not None:
+            if current_key not in composition.ranks:  # it only ends like a target
+                return
+            r = alpha = sum(composition.ranks[current_key])
         if isinstance(target, LoomLayer):
             target.update_layer(adapter_name, peft_config, r, alpha)
+            if composition is not None:
+                target.add_composition(adapter_name, composition, current_key)
             return
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
         new_module = _layer_class(target, backend, current_key)(target, adapter_name, peft_config, r, alpha, backend)
+        if composition is not None:
+            new_module.add_composition(adapter_name, composition, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)

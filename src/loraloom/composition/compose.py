@@ -1,0 +1,155 @@
+"""``compose``: an adapter made of pre-trained adapters."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from loraloom.composition.sources import Source, layer_shapes, open_source, ranks_of
+from loraloom.errors import InputError
+from loraloom.functional import fold
+from loraloom.member_weights import Composition
+from loraloom.tuner.config import LoomConfig
+from loraloom.tuner.layer import LoomLayer
+from loraloom.tuner.model import LoomModel
+
+
+def compose(
+    model: nn.Module,
+    members: Mapping[str, str | Path],
+    weights: Literal["learned", "uniform"] | Mapping[str, float] = "learned",
+    *,
+    scope: Literal["layer", "module_type", "model"] = "layer",
+    constraint: Literal["softmax", "simplex", "free"] = "softmax",
+    normalize: Literal["present", "all"] = "present",
+    adapter_name: str = "composition",
+    task_type: str | None = None,
+    modules_to_save: list[str] | None = None,
+) -> PeftModel:
+    """Adds to the model one adapter ``W' = W + sum_n w_n D_n`` of pre-trained updates D_n, and activates it.
+
+    With learned weights it is WLoRA (2402.15414) and trains the weights alone, from equal ones; with equal weights
+    that stay it is uniform composition. The members are copied into the adapter, frozen, with mixers, gates, scales and
+    patterns multiplied in; it costs two products per layer however many they are, and is saved, loaded and merged as
+    one. `to_lora` turns it into an ordinary LoRA.
+
+    Args:
+        model: a model, or a PeftModel with loom adapters, which stay.
+        members: name -> folder or hub repository of a LoRA of PEFT or an adapter of loraloom; in a PeftModel also the
+            name of one of its adapters, which goes first. They may adapt different modules.
+        weights: "learned" from equal ones, "uniform", or a weight for each member, taken as given.
+        scope: whether each layer learns weights of its own, or layers of one kind (all q_proj) or all layers share
+            them.
+        constraint: of learned weights. "softmax": positive, sum 1. "simplex": the same by projection, so that weights
+            can become 0. "free": any.
+        normalize: who the weights add up over: the members that adapt the layer ("present"), or all; then the weights
+            of a layer add up to less where members are missing.
+        adapter_name: name of the new adapter.
+        task_type: of the PeftModel; None takes that of the members if they agree. With those of classification PEFT
+            trains the model's head as well.
+        modules_to_save: modules to train in full with the weights, such as a new head.
+
+    Returns:
+        The PeftModel (``model`` itself if it was one), in which nothing but the weights (and heads) is trainable.
+
+    Raises:
+        InputError: a member is missing, broken, of another base model or no sum of low-rank updates (DoRA, trained
+            biases or tokens); weights and members do not match. The model is unchanged.
+    """
+    base = _base_of(model, adapter_name)
+    if not members:
+        raise InputError("members is empty; expected a name and a folder for each, {'squad': 'path/to/squad'}")
+    fixed = _fixed_weights(weights, members)
+    sources = {name: open_source(model, name, where) for name, where in members.items()}
+    shapes = layer_shapes(base, {module for source in sources.values() for module in source.modules})
+    ranks = {name: ranks_of(name, source, shapes) for name, source in sources.items()}
+    composition = Composition(
+        members=[_describe(name, source) for name, source in sources.items()],
+        ranks={
+            module: [ranks[name].get(module, 0) for name in sources]
+            for module, _ in base.named_modules()
+            if module in shapes
+        },
+        biased=[m for m in shapes if any(m in s.modules and s.lora_bias(m) is not None for s in sources.values())],
+        scope=scope,
+        constraint="free" if fixed else constraint,
+        normalize=normalize,
+        trainable=weights == "learned",
+    )
+    largest = max(map(sum, composition.ranks.values()))
+    config = LoomConfig(
+        r=largest,
+        lora_alpha=largest,
+        target_modules=list(composition.ranks),
+        composition=composition,
+        task_type=task_type or _common_task(sources.values()),
+        modules_to_save=modules_to_save,
+    )
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+    else:
+        model = get_peft_model(model, config, adapter_name)
+    for module in composition.ranks:
+        _fill(base.get_submodule(module), adapter_name, module, list(sources.values()), fixed)
+    return model
+
+
+def _base_of(model: nn.Module, adapter_name: str) -> nn.Module:
+    if not isinstance(model, PeftModel):
+        return model
+    if not isinstance(model.base_model, LoomModel):
+        raise InputError(
+            f"the model has adapters of type {type(model.base_model).__name__}: save them, take the base model by "
+            "model.unload(), and compose from the folders"
+        )
+    if adapter_name in model.peft_config:
+        raise InputError(f"the model has an adapter {adapter_name!r} already: choose another adapter_name")
+    return model.get_base_model()
+
+
+def _fixed_weights(weights: str | Mapping[str, float], members: Mapping[str, Any]) -> dict[str, float]:
+    if isinstance(weights, str):
+        if weights not in ("learned", "uniform"):
+            raise InputError(f"weights={weights!r} is not known; use 'learned', 'uniform' or a weight for each member")
+        return {}
+    if weights.keys() != members.keys():
+        raise InputError(f"weights are for {', '.join(weights)}, members are {', '.join(members)}: name each once")
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise InputError(f"the weight of {name!r} is {weight!r}; expected a finite number")
+    return dict(weights)
+
+
+def _describe(name: str, source: Source) -> dict[str, str]:
+    return {"name": name, "source": str(source.path), "sha256": source.sha256}
+
+
+def _common_task(sources: Any) -> str | None:
+    tasks = {source.config.get("task_type") for source in sources}
+    return tasks.pop() if len(tasks) == 1 else None
+
+
+@torch.no_grad()
+def _fill(layer: LoomLayer, adapter_name: str, module: str, sources: list[Source], fixed: dict[str, float]) -> None:
+    part = layer.compositions[adapter_name]
+    A, B = layer.factor("loom_lora_A", adapter_name), layer.factor("loom_lora_B", adapter_name)
+    start = 0
+    for i, (source, rank) in enumerate(zip(sources, part.ranks, strict=True)):
+        if not rank:
+            continue
+        rows = slice(start, start + rank)
+        A_n, B_n = fold(source.terms(module))
+        A[rows].copy_(A_n.reshape(A[rows].shape))
+        B[:, rows].copy_(B_n.reshape(B[:, rows].shape))
+        bias = source.lora_bias(module)
+        if bias is not None:
+            layer.factor("loom_member_bias", adapter_name)[i].copy_(bias)
+        start += rank
+    if fixed:
+        logits = layer.factor("loom_logits_lora_magnitude_vector", adapter_name)
+        logits.copy_(torch.tensor(list(fixed[name] for name in part.names)))

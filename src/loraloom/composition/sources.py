@@ -1,0 +1,180 @@
+"""The members of a composition, from a folder, the hub or the model itself, checked against the base model."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from loraloom.checkpoint.adapter import StoredAdapter, open_adapter
+from loraloom.checkpoint.io import read_json
+from loraloom.errors import InputError, did_you_mean
+from loraloom.functional import Term
+from loraloom.tuner.layer import LoomLayer
+from loraloom.tuner.registration import features_of
+
+# Starts of PEFT's LoRA that change the base weights when the adapter is made: its update is one of other weights.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# Fields of a model's configuration that make it another model, under their various names.
+_ARCHITECTURE = (
+    *("model_type", "hidden_size", "n_embd", "d_model", "dim", "num_hidden_layers", "n_layer", "n_layers"),
+    *("num_layers", "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"),
+    *("intermediate_size", "n_inner", "d_ff", "hidden_act", "rope_theta"),
+)
+
+
+class LoadedAdapter:
+    """An adapter of the model's own as a member, with what `StoredAdapter` has of one in a folder."""
+
+    sha256 = ""
+
+    def __init__(self, model: PeftModel, name: str) -> None:
+        self.layers = {
+            module: layer
+            for module, layer in model.get_base_model().named_modules()
+            if isinstance(layer, LoomLayer) and name in layer.loom_lora_A
+        }
+        self.modules = list(self.layers)
+        self.name = name
+        self.path = f"adapter {name!r} of the model"
+        self.config = {"task_type": model.peft_config[name].task_type}
+
+    def terms(self, module: str) -> list[Term]:
+        return self.layers[module].terms(self.name)
+
+    def magnitude(self, module: str) -> Tensor | None:
+        return self.layers[module].magnitude(self.name)
+
+    def lora_bias(self, module: str) -> Tensor | None:
+        return self.layers[module].bias_delta(self.name)
+
+
+Source = StoredAdapter | LoadedAdapter
+
+
+def open_source(model: nn.Module, name: str, where: str | Path) -> Source:
+    """One member, whose update is a product B A plus a bias in every module.
+
+    Args:
+        model: the model; if it is a PeftModel, ``where`` may be the name of one of its adapters.
+        name: what the composition calls the member.
+        where: folder, repository of the hub, or adapter.
+
+    Raises:
+        InputError: nothing there, or the adapter holds more than low-rank updates of the base model.
+    """
+    if isinstance(model, PeftModel) and str(where) in model.peft_config:
+        source: Source = LoadedAdapter(model, str(where))
+    else:
+        try:
+            source = open_adapter(where)
+        except InputError as error:
+            loaded = list(model.peft_config) if isinstance(model, PeftModel) else []
+            raise InputError(f"member {name!r}: {error}{did_you_mean(str(where), loaded)}") from None
+    if isinstance(source, StoredAdapter):
+        _check_config(name, source)
+        _check_others(name, source)
+        _check_architecture(name, source, model)
+    if dora := next((module for module in source.modules if source.magnitude(module) is not None), None):
+        raise InputError(
+            f"member {name!r} is a DoRA adapter ({dora} has a magnitude), whose update is no product B A: turn it into "
+            "a LoRA first, peft.save_as_lora(model, folder, rank=...), and compose that"
+        )
+    return source
+
+
+def ranks_of(name: str, source: Source, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Module -> rank of the member's update there.
+
+    Args:
+        name: the member.
+        source: the member's tensors.
+        shapes: (out, in) of the base model's layers that can be adapted.
+
+    Raises:
+        InputError: a module or a shape differs from the base model's.
+    """
+    ranks = {}
+    for module in source.modules:
+        if module not in shapes:
+            raise InputError(
+                f"member {name!r} adapts {module}, which the model does not have{did_you_mean(module, shapes)}: it "
+                "belongs to another base model"
+            )
+        terms = source.terms(module)
+        shape = terms[0].B.shape[0], terms[0].A.shape[1]
+        if shape != shapes[module]:
+            raise InputError(
+                f"member {name!r}: its update of {module} is {shape[0]} x {shape[1]}, the layer "
+                f"{' x '.join(map(str, shapes[module]))}: it belongs to another base model"
+            )
+        ranks[module] = sum(term.A.shape[0] for term in terms)
+    return ranks
+
+
+def layer_shapes(model: nn.Module, modules: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) as matrices, kernels flattened into `in`, of those modules that exist in the model."""
+    layers = dict(model.named_modules())
+    return {module: _shape(layers[module]) for module in modules if module in layers}
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, LoomLayer):
+        layer = layer.get_base_layer()
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    inputs, outputs = features_of(layer)
+    return outputs, inputs
+
+
+def _check_config(name: str, source: StoredAdapter) -> None:
+    config = source.config
+    for key, harmless in (("bias", "none"), ("trainable_token_indices", None), ("layer_replication", None)):
+        if (value := config.get(key)) and value != harmless:
+            raise InputError(
+                f"member {name!r} has {key}={value!r}: more than low-rank updates was trained, and a composition is "
+                "made of those only"
+            )
+    start = config.get("init_lora_weights")
+    if source.kind == "LORA" and isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise InputError(
+            f"member {name!r} was started with init_lora_weights={start!r}, which changes the base weights: save it "
+            "with save_pretrained(..., path_initial_model_for_weight_conversion=...) and compose that"
+        )
+
+
+def _check_others(name: str, source: StoredAdapter) -> None:
+    heads = source.config.get("modules_to_save") or []
+    left_out = set()
+    for key in source.others:
+        parts = key.split(".")
+        if head := next((head for head in heads if head in parts), None):
+            left_out.add(head)
+        # PEFT writes the base's own table beside the update of an embedding.
+        elif not any(f"{module}." in key for module in source.modules):
+            raise InputError(f"member {name!r} holds {key}, which is no part of a low-rank update")
+    if left_out:
+        warnings.warn(
+            f"member {name!r}: {', '.join(sorted(left_out))}, which was trained in full, stays out: a composition is "
+            "made of low-rank updates.",
+            stacklevel=4,
+        )
+
+
+def _check_architecture(name: str, source: StoredAdapter, model: nn.Module) -> None:
+    """Compares with the base model that the member names, where that is a folder on this machine."""
+    folder = Path(source.config.get("base_model_name_or_path") or "")
+    config = getattr(model, "config", None)
+    if not (hasattr(config, "to_dict") and folder.name and (folder / "config.json").is_file()):
+        return
+    theirs, ours = read_json(folder / "config.json"), config.to_dict()  # type: ignore[union-attr]
+    for key in _ARCHITECTURE:
+        if key in theirs and key in ours and theirs[key] != ours[key]:
+            raise InputError(
+                f"member {name!r} was trained on {folder}, where {key} is {theirs[key]!r}; this model has {ours[key]!r}"
+            )
