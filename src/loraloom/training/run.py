@@ -30,7 +30,8 @@ from loraloom.files import write_text_atomically
 from loraloom.optim import format_param_groups
 from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
-from loraloom.training.config import METHODS_WITH_SELECTION, RunConfig
+from loraloom.training.composition import PORTABLE, Composed, finish_composition
+from loraloom.training.config import COMPOSITION, METHODS_WITH_SELECTION, RunConfig
 from loraloom.training.data import RunData, load_data
 from loraloom.training.display import TrainingDisplay
 from loraloom.training.loading import dump_config, load_config, unknown_key
@@ -65,6 +66,8 @@ class RunResult:
     """Allocated on the GPU where there is one, else resident memory of the process."""
     wall_time_seconds: float
     output_dir: str
+    composition: Composed | None = None
+    """composition: what it learned of the members."""
     adapters: Adapters | None = None
     """weightlora: rank and last gate of every adapter that was kept, null for one that was dropped, by module."""
 
@@ -104,9 +107,11 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     interrupt = InterruptCallback(
         lambda: console.print("Finishing this step and saving a checkpoint; Ctrl-C again stops at once.")
     )
-    watched = str(model.base_model.prefix) if isinstance(model, PeftModel) else ""
+    trains = count_parameters(model)[0] > 0  # else it is a composition with given weights, and only evaluated
+    adapter_trains = isinstance(model, PeftModel) and config.composition.weights == "learned"
+    watched = str(model.base_model.prefix) if adapter_trains else ""
     trainer = build_trainer(config, model, tokenizer, data, [SanityCallback(watched), speed, interrupt, display])
-    if not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
+    if trains and not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
         optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
         console.print(format_param_groups(optimizer.param_groups), highlight=False)
     selection = select_in(trainer, config) if config.method.name in METHODS_WITH_SELECTION else None
@@ -115,13 +120,15 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         before = evaluate(trainer, config)
         if selection is not None and checkpoint is not None:
             selection.resume(Path(checkpoint))  # not earlier: `before` is of the model with all adapters
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if trains:
+            trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.state
         if interrupt.requested and state.global_step < state.max_steps:
             saved = output / CHECKPOINTS / f"checkpoint-{state.global_step}"
             raise RunInterruptedError(f"stopped after step {state.global_step} of {state.max_steps}; saved {saved}")
         after = _last_evaluation(trainer, config) or evaluate(trainer, config)
     trainer.save_model(str(output))
+    composed = finish_composition(model, output) if config.method.name == COMPOSITION else None
     trainable, total = count_parameters(model)
     result = RunResult(
         task=config.model.task,
@@ -138,6 +145,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         peak_memory_bytes=peak_memory_bytes(),
         wall_time_seconds=round(time.monotonic() - started, 2),
         output_dir=str(output),
+        composition=composed,
         adapters=None if selection is None else selection.adapters(),
     )
     if trainer.is_world_process_zero():
@@ -249,7 +257,7 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
             raise InputError(f"--resume: no checkpoint in {checkpoints}; run without --resume to start")
         earlier = dataclasses.asdict(load_config(output / RESOLVED))
         now = dataclasses.asdict(config)
-        for section in ("model", "data", "method", "optimizer"):
+        for section in ("model", "data", "method", "composition", "optimizer"):
             for key, value in now[section].items():
                 if earlier[section][key] != value:
                     raise InputError(
@@ -267,6 +275,7 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
                 "--output.overwrite true to replace it"
             )
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(output / PORTABLE, ignore_errors=True)
         for name in (RESULT, FILE_NAME):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
