@@ -34,7 +34,7 @@ from loraloom.training.stdlib_docstrings import stdlib_docstrings
 
 MAX_LENGTH, BATCH = 64, 16
 UPSTREAM_STEPS, UPSTREAM_LR, UPSTREAM_HEAD_LR = 150, 1e-3, 1e-2
-STEPS, SHOTS, SEEDS, DEV_SEED, DEV_SHOTS, DEV_ROWS = 60, (1, 5, 10, 50), (0, 1, 2), 100, 10, 100
+STEPS, SHOTS, SEEDS, DEV_SEED, DEV_SHOTS, DEV_ROWS = 40, (1, 5, 10, 50), (0, 1, 2), 100, 10, 100
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
 
 # Task -> (source, the source's labels that are its classes). No class of a new task occurs upstream.
@@ -90,14 +90,14 @@ METHODS: dict[str, tuple[Encoder, list[tuple[float, float]]]] = {
     "uniform composition": (composed(weights="uniform"), [(0.0, head) for head in HEAD_LRS]),
     "learned per layer": (
         composed(weights="learned", scope="layer"),
-        [(logit, head) for logit in (2e-2, 1e-1, 3e-1) for head in (1e-2, 1e-1)],
+        [(logit, head) for logit in (2e-2, 1e-1, 3e-1) for head in (3e-3, 1e-2)],
     ),
     "learned per model": (
         composed(weights="learned", scope="model"),
-        [(logit, head) for logit in (2e-2, 1e-1, 3e-1) for head in (1e-2, 1e-1)],
+        [(logit, head) for logit in (2e-2, 1e-1, 3e-1) for head in (3e-3, 1e-2)],
     ),
-    "LoRA from scratch": (new_lora, [(lr, head) for lr in (5e-4, 2e-3, 5e-3) for head in (1e-2, 1e-1)]),
-    "full fine-tuning": (full, [(lr, head) for lr in (2e-5, 1e-4, 3e-4) for head in (1e-2, 1e-1)]),
+    "LoRA from scratch": (new_lora, [(lr, head) for lr in (5e-4, 2e-3, 5e-3) for head in (3e-3, 1e-2)]),
+    "full fine-tuning": (full, [(lr, head) for lr in (2e-5, 1e-4, 3e-4) for head in (3e-3, 1e-2)]),
 }
 
 
