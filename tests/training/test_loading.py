@@ -71,7 +71,8 @@ def test_method_has_the_keys_of_loom_config():
     from loraloom import LoomConfig
 
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
-    ours = {f.name for f in dataclasses.fields(LoomConfig)} - inherited - {"loom_format_version", "target_parameters"}
+    others = {"loom_format_version", "target_parameters", "composition"}
+    ours = {f.name for f in dataclasses.fields(LoomConfig)} - inherited - others
     keys = {f.name for f in dataclasses.fields(MethodSection)}
     assert keys - {"name", *SELECTION_KEYS, *EXPANSION_KEYS} == ours
 

@@ -1,6 +1,8 @@
 """A composition in a run: the section `composition` as one adapter, and what it learned."""
 
 import dataclasses
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -46,16 +48,13 @@ def compose_members(
     """
     options = dataclasses.asdict(section)
     members, weights = options.pop("members"), options.pop("weights")
+    options |= {"adapter_name": ADAPTER, "task_type": task_type, "modules_to_save": new_modules or None}
+    heads = "|".join(map(re.escape, new_modules))
     try:
-        return compose(
-            model,
-            members,
-            weights,
-            **options,
-            adapter_name=ADAPTER,
-            task_type=task_type,
-            modules_to_save=new_modules or None,
-        )
+        with warnings.catch_warnings():
+            # The members' heads are for their own tasks, so that they stay out goes without saying.
+            warnings.filterwarnings("ignore", rf"member .*: ({heads}), which was trained in full, stays out")
+            return compose(model, members, weights, **options)
     except ValueError as error:
         raise InputError(f"composition: {' '.join(str(error).split())}") from error
 

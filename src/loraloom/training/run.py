@@ -111,6 +111,8 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     adapter_trains = isinstance(model, PeftModel) and config.composition.weights == "learned"
     watched = str(model.base_model.prefix) if adapter_trains else ""
     trainer = build_trainer(config, model, tokenizer, data, [SanityCallback(watched), speed, interrupt, display])
+    if config.method.name == COMPOSITION and trainer.is_fsdp_enabled:
+        raise InputError(f"method.name {COMPOSITION!r} makes one LoRA of whole layers, FSDP shards them: use DDP")
     if trains and not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
         optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
         console.print(format_param_groups(optimizer.param_groups), highlight=False)
@@ -128,7 +130,9 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
             raise RunInterruptedError(f"stopped after step {state.global_step} of {state.max_steps}; saved {saved}")
         after = _last_evaluation(trainer, config) or evaluate(trainer, config)
     trainer.save_model(str(output))
-    composed = finish_composition(model, output) if config.method.name == COMPOSITION else None
+    composed = None
+    if config.method.name == COMPOSITION and trainer.is_world_process_zero():
+        composed = finish_composition(model, output)
     trainable, total = count_parameters(model)
     result = RunResult(
         task=config.model.task,
