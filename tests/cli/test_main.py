@@ -90,7 +90,7 @@ def test_help_of_train_shows_keys_with_their_meaning_and_default(capsys):
     for part in (
         "--method.lora_alpha",
         "(default: 32)",
-        "{lora,moslora,dora,weightlora,weightlora+,full,probe}",
+        "{lora,moslora,dora,weightlora,weightlora+,composition,full,",
         "--optimizer.lora_plus_ratio",
         "--data.test_fraction",
     ):
@@ -108,6 +108,9 @@ def test_help_of_train_shows_keys_with_their_meaning_and_default(capsys):
         (["train", "--method.name"], "--method.name has no value"),
         (["train", "--methd.name", "lora"], "did you mean 'method'?"),
         (["train", "--data.path", "none.jsonl"], "data.path 'none.jsonl': no such file"),
+        (["compose"], "compose needs a RUN.yaml"),
+        (["compose", "--method.name", "dora"], "compose needs method.name 'composition', not 'dora': remove it"),
+        (["compose", "--composition.scope", "modle"], "composition.scope: 'modle' is not 'layer' or"),
         (["evaluate"], "evaluate needs the folder of a finished run"),
         (["evaluate", "nowhere"], "nowhere holds no finished run"),
     ],
@@ -180,6 +183,25 @@ def test_weightlora_shows_the_kept_adapters_and_reports_them(run_yaml, tmp_path,
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["command"] == shlex.join(["loraloom", "train", str(run_yaml), *options])
     assert {"Loss", "Gates", "Gates over time"} <= {section["title"] for section in report["sections"]}
+
+
+def test_compose_shows_the_learned_weights(run_yaml, pico_bert_dir, tmp_path, capsys, in_process):
+    """Members are runs of other methods; only what RUN.yaml of `train` does not have is given."""
+    members = {name: str(tmp_path / name) for name in ("lora", "moslora")}
+    for name, folder in members.items():
+        assert main(["train", str(run_yaml), "--quiet", "--method.name", name, "--output.dir", folder]) == 0
+    raw = yaml.safe_load(run_yaml.read_text())
+    del raw["method"]
+    run_yaml.write_text(yaml.safe_dump({**raw, "composition": {"members": members}}))
+    assert main(["compose", str(run_yaml)]) == 0
+    out = capsys.readouterr().out
+    assert "weights of the members" in out
+    assert "logits " in out  # in the table of parameter groups
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    learned = result["composition"]["weights"].values()
+    for name in members:
+        assert f"{sum(of_module[name] for of_module in learned) / len(learned):.3f}" in out
+    assert result["composition"]["portable"] in out
 
 
 def test_a_failed_run_is_one_line_and_code_1(run_yaml, capsys, in_process):

@@ -71,7 +71,8 @@ def test_method_has_the_keys_of_loom_config():
     from loraloom import LoomConfig
 
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
-    ours = {f.name for f in dataclasses.fields(LoomConfig)} - inherited - {"loom_format_version", "target_parameters"}
+    others = {"loom_format_version", "target_parameters", "composition"}
+    ours = {f.name for f in dataclasses.fields(LoomConfig)} - inherited - others
     keys = {f.name for f in dataclasses.fields(MethodSection)}
     assert keys - {"name", *SELECTION_KEYS, *EXPANSION_KEYS} == ours
 
@@ -83,7 +84,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 def test_examples_are_valid(path):
     from trl import SFTConfig
 
-    config = load_config(path)
+    config = load_config(path, (), "composition" if path.stem == "compose" else None)
     assert config.training.keys() <= {f.name for f in dataclasses.fields(SFTConfig)}
 
 
@@ -139,6 +140,15 @@ def test_later_overrides_win_and_keep_strings_strings(tmp_path):
             ["training.load_best_model_at_end cannot", "set it to false"],
         ),
         ("optimizer: {name: galore}", ["'galore' is for whole weights", "set method.name to 'full'"]),
+        ("composition: {members: {a: x}}", ["section 'composition' needs method.name 'composition', not 'lora'"]),
+        ("method: {name: composition}", ["composition.members is empty", "its folder"]),
+        ("method: {name: composition, r: 4}", ["method.r has no meaning", "'composition'"]),
+        ("composition: {member: {a: x}}", ["unknown key composition.member", "did you mean 'members'?"]),
+        ("composition: {weights: learnt}", ["composition.weights: 'learnt'", "did you mean 'learned'?"]),
+        (
+            "method: {name: composition}\ncomposition: {members: {a: x}, weights: uniform, scope: model}",
+            ["composition.scope 'model' has no meaning for weights 'uniform'", "remove it"],
+        ),
         ("optimizer: {name: adamv}", ["optimizer.name: 'adamv'", "did you mean 'adamw'"]),
         ("optimizer: {learning_rate: 1e-3}", ["unknown key optimizer.learning_rate", "belongs to section 'training'"]),
         ("optimizer: {betas: [0.9]}", ["optimizer.betas: [0.9] is not two numbers"]),
@@ -152,6 +162,14 @@ def test_later_overrides_win_and_keep_strings_strings(tmp_path):
 def test_mistakes_are_one_line_with_the_fix(tmp_path, text, expected):
     text = message(tmp_path, text)
     assert all(part in text for part in expected), text
+
+
+def test_the_method_of_a_verb_is_a_default(tmp_path):
+    path = write(tmp_path, "composition: {members: {a: x}, weights: {a: 1}}")
+    config = load_config(path, (), "composition")
+    assert (config.method.name, config.composition.weights) == ("composition", {"a": 1})
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert load_config(write(tmp_path, "method: {name: dora}"), (), "composition").method.name == "dora"
 
 
 def test_override_mistakes(tmp_path):

@@ -15,6 +15,7 @@ VERBS = {
     "quickstart": "fine-tune a real model on real text in a few minutes, without the hub",
     "train": "fine-tune a model as RUN.yaml says",
     "compare": "train several methods side by side, with several seeds and learning rates",
+    "compose": "make one adapter of trained ones, with weights learned from a few examples",
     "evaluate": "load a finished run from its folder and evaluate it again",
 }
 HELP = f"""usage: loraloom VERB [options]

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from loraloom.cli.options import Reporting, first_process, parse, quiet_libraries, save_report
 from loraloom.errors import InputError, RunInterruptedError
-from loraloom.training.config import DataSection, MethodSection, ModelSection, OptimizerSection, OutputSection
+from loraloom.training.config import (
+    DataSection,
+    Method,
+    MethodSection,
+    ModelSection,
+    OptimizerSection,
+    OutputSection,
+)
 from loraloom.training.loading import load_config
 from loraloom.units import readable_bytes
 
@@ -43,25 +50,39 @@ class Train(Reporting):
 
 def main(arguments: Sequence[str]) -> None:
     """Train, and show or print the result."""
+    run_verb("train", Train, arguments)
+
+
+def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method: Method | None = None) -> None:
+    """A verb that is a run: train, and show or print the result.
+
+    Args:
+        verb: its name, for messages.
+        options_of_verb: its options, with those of `Output`, `run` and `resume`.
+        arguments: the words after the verb.
+        method: the only method.name of the verb; None: any.
+    """
     options, overrides = split_overrides(arguments)
-    command: Train = parse("train", Train, options)
+    command = parse(verb, options_of_verb, options)
     if command.run is None and not overrides:
-        raise InputError("train needs a RUN.yaml, or --section.key value; see loraloom train --help")
+        raise InputError(f"{verb} needs a RUN.yaml, or --section.key value; see loraloom {verb} --help")
     quiet_libraries()
-    config = load_config(command.run, overrides)
+    config = load_config(command.run, overrides, method)
+    if method and config.method.name != method:
+        raise InputError(f"{verb} needs method.name {method!r}, not {config.method.name!r}: remove it, or use train")
     console = command.console()
     with console.status("Loading PyTorch and transformers"):
         from loraloom.training.run import train
     try:
         result = train(config, resume=command.resume, console=console)
     except RunInterruptedError as error:
-        again = shlex.join(["loraloom", "train", *(word for word in arguments if word != "--resume"), "--resume"])
+        again = shlex.join(["loraloom", verb, *(word for word in arguments if word != "--resume"), "--resume"])
         raise RunInterruptedError(f"{error}; go on with: {again}") from None
     show(result, console)
     if command.report is not None and first_process():
         from loraloom.report.builders import report_of_run
 
-        typed = shlex.join(["loraloom", "train", *arguments])
+        typed = shlex.join(["loraloom", verb, *arguments])
         save_report(report_of_run(Path(config.output.dir), typed), command.report, console)
     if command.json:
         print(json.dumps(dataclasses.asdict(result)))
@@ -91,10 +112,12 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 
 def show(result: "RunResult", console: Console) -> None:
     """The table of results, and where they are."""
-    from loraloom.training.display import adapters_table, results_table
+    from loraloom.training.display import adapters_table, results_table, weights_table
 
     if result.adapters is not None:
         console.print(adapters_table(result.adapters))
+    if result.composition is not None:
+        console.print(weights_table(result.composition))
     rows = [
         (name.replace("_", " "), f"{result.before[name]:.4f} -> {value:.4f}") for name, value in result.after.items()
     ]
@@ -115,3 +138,9 @@ def show(result: "RunResult", console: Console) -> None:
     console.print(
         f"Saved in {result.output_dir}: the weights, metrics.json, resolved.yaml", highlight=False, soft_wrap=True
     )
+    if result.composition is not None:
+        console.print(
+            f"In {result.composition.portable}: the same as an ordinary LoRA of rank {result.composition.rank}",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -134,6 +134,7 @@ class SpeedCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.evaluation_seconds = 0.0
+        self.tokens_per_second = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.tokens_before = state.num_input_tokens_seen  # a resumed run starts with those of its first part

@@ -1,4 +1,4 @@
-"""RUN.yaml as dataclasses: six sections, every key with a default, the text under a field is its help.
+"""RUN.yaml as dataclasses: seven sections, every key with a default, the text under a field is its help.
 
 Importing this file imports no torch, so a mistake in RUN.yaml is reported in a fraction of a second.
 """
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal["text-classification", "causal-lm"]
-Method = Literal["lora", "moslora", "dora", "weightlora", "weightlora+", "full", "probe"]
+Method = Literal["lora", "moslora", "dora", "weightlora", "weightlora+", "composition", "full", "probe"]
 Optimizer = Literal["adamw", "weight_adam", "adamw_8bit", "paged_adamw_8bit", "galore"]
 Number = int | float
 
@@ -71,7 +71,8 @@ class DataSection:
 class MethodSection:
     name: Method = "lora"
     """`lora`, `moslora`, `dora`, `weightlora` (find the adapters that matter, drop the rest), `weightlora+` (and widen
-    those); or `full` (train every weight) and `probe` (train the classification head alone)."""
+    those), `composition` (trained adapters as one; see `loraloom compose`); or `full` (train every weight) and `probe`
+    (train the classification head alone)."""
     r: int = 16
     """Rank of every adapter."""
     lora_alpha: Number = 32
@@ -130,6 +131,23 @@ class MethodSection:
 
 
 @dataclass
+class CompositionSection:
+    """Trained adapters as one (WLoRA); read by `loraloom compose`, which is `train` with method.name `composition`."""
+
+    members: dict[str, str] = field(default_factory=dict)
+    """Name to folder or hub id of each adapter: PEFT LoRA or LOOM ones, trained on the same base model."""
+    weights: Literal["learned", "uniform"] | dict[str, Number] = "learned"
+    """`learned`: train one logit per adapter, starting from equal weights; `uniform`: 1/N each, not trained; or
+    the weights themselves, name to number, not trained."""
+    scope: Literal["layer", "module_type", "model"] = "layer"
+    """What shares learned weights: nothing (each adapted module has its own), modules of one name, or all."""
+    constraint: Literal["softmax", "simplex", "free"] = "softmax"
+    """learned: positive weights with sum 1 (`softmax`), non-negative ones with sum 1 (`simplex`), or any (`free`)."""
+    normalize: Literal["present", "all"] = "present"
+    """Which members' weights have sum 1 in a module: those that adapt it (`present`), or all of them."""
+
+
+@dataclass
 class OptimizerSection:
     """What moves the weights. The learning rate is training.learning_rate, and its scheduler scales every rate here."""
 
@@ -145,6 +163,8 @@ class OptimizerSection:
     """Learning rate of the gates. Default: weight_adam's own, 5.0 with `sgd` and 0.05 with `adam`."""
     head_lr: Number | None = None
     """Learning rate of a new head and of modules_to_save. Default: training.learning_rate."""
+    logit_lr: Number | None = None
+    """Learning rate of a composition's logits. Default: 0.05."""
     betas: list[Number] | None = None
     """Adam's two averaging rates. Default: [0.9, 0.999]."""
     eps: Number | None = None
@@ -195,6 +215,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     method: MethodSection = field(default_factory=MethodSection)
+    composition: CompositionSection = field(default_factory=CompositionSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING_DEFAULTS))
     """Any key of TrainingArguments (text-classification) or SFTConfig (causal-lm)."""
@@ -206,11 +227,13 @@ SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "data": DataSection,
     "method": MethodSection,
+    "composition": CompositionSection,
     "optimizer": OptimizerSection,
     "output": OutputSection,
 }
 METRICS = {"text-classification": ["loss", "accuracy", "macro_f1"], "causal-lm": ["loss", "perplexity"]}
 METHODS_WITHOUT_ADAPTER = ("full", "probe")
+COMPOSITION: Method = "composition"
 METHODS_WITH_SELECTION = ("weightlora", "weightlora+")
 SELECTION_KEYS = ("keep", "warmup_steps", "select_every", "select_until", "reentry")
 EXPANSION_KEYS = ("expand_times", "expand_every", "expand_parameters")

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loraloom.module_names import place, short_names
 from loraloom.optim import Memory
+from loraloom.training.composition import Composed
 from loraloom.training.selection import Adapters
 from loraloom.units import readable_bytes
 
@@ -167,4 +168,18 @@ def adapters_table(adapters: Adapters) -> Table:
             if places[name][0] == layer:
                 cells[places[name][1]] = "." if adapter is None else f"{adapter['r']} {adapter['gate']:.2f}"
         table.add_row(layer, *cells.values())
+    return table
+
+
+def weights_table(composed: Composed) -> Table:
+    """Layers by members: the mean weight of each member over the modules of the layer that it adapts, and over all."""
+    table = Table("layer", *composed.mean, title="weights of the members", title_justify="left")
+    layers: dict[str, list[dict[str, float]]] = {}
+    for name, weights in composed.weights.items():
+        layers.setdefault(place(name)[0], []).append(weights)
+    for layer, modules in layers.items():
+        of_members = ([weights[member] for weights in modules if member in weights] for member in composed.mean)
+        table.add_row(layer, *(f"{sum(w) / len(w):.3f}" if w else "." for w in of_members))
+    table.add_section()
+    table.add_row("average", *(f"{weight:.3f}" for weight in composed.mean.values()))
     return table

@@ -12,6 +12,7 @@ import yaml
 
 from loraloom.errors import InputError, did_you_mean
 from loraloom.training.config import (
+    COMPOSITION,
     EXPANSION_KEYS,
     METHODS_WITH_SELECTION,
     METHODS_WITHOUT_ADAPTER,
@@ -19,6 +20,8 @@ from loraloom.training.config import (
     SECTIONS,
     SELECTION_KEYS,
     TRAINING_DEFAULTS,
+    CompositionSection,
+    Method,
     MethodSection,
     OptimizerSection,
     RunConfig,
@@ -45,18 +48,24 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(path: Path | None, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[tuple[str, str]] = (), method: Method | None = None
+) -> RunConfig:
     """Read RUN.yaml, apply overrides, and fill in the defaults.
 
     Args:
         path: the file, or None for the defaults alone.
         overrides: (`section.key`, value as YAML text), later ones win.
+        method: the default of method.name, where it is not the usual one.
 
     Raises:
         InputError: no such file, not YAML, an unknown section or key, a value of the wrong type, or keys that
             contradict each other.
     """
-    return build_config(read_sections(path, SECTION_NAMES, overrides))
+    sections = read_sections(path, SECTION_NAMES, overrides)
+    if method:
+        sections["method"].setdefault("name", method)
+    return build_config(sections)
 
 
 def read_sections(
@@ -169,7 +178,7 @@ def _home_of(key: str, section: str = "") -> str:
 
 def _check_combinations(config: RunConfig) -> None:
     method, model = config.method, config.model
-    if method.name in METHODS_WITHOUT_ADAPTER:
+    if method.name in (*METHODS_WITHOUT_ADAPTER, COMPOSITION):
         default = MethodSection(name=method.name)
         for f in dataclasses.fields(method):
             if getattr(method, f.name) != getattr(default, f.name):
@@ -183,10 +192,31 @@ def _check_combinations(config: RunConfig) -> None:
     for key, owner in {"output_dir": "output.dir", "resume_from_checkpoint": "--resume"}.items():
         if key in config.training:
             raise InputError(f"training.{key} is set by loraloom: use {owner}")
+    _check_composition(config)
     _check_selection(method, config.training)
     _check_optimizer(config)
     if not 0 < config.data.test_fraction < 1:
         raise InputError(f"data.test_fraction: {config.data.test_fraction} is not between 0 and 1")
+
+
+def _check_composition(config: RunConfig) -> None:
+    composition, name = config.composition, config.method.name
+    if name != COMPOSITION:
+        if composition != CompositionSection():
+            raise InputError(
+                f"section 'composition' needs method.name {COMPOSITION!r}, not {name!r}: remove method.name, and use "
+                "loraloom compose"
+            )
+        return
+    if not composition.members:
+        raise InputError("composition.members is empty: give each adapter a name and its folder")
+    if composition.weights != "learned":
+        for key in ("scope", "constraint", "normalize"):
+            if (value := getattr(composition, key)) != getattr(CompositionSection, key):
+                raise InputError(
+                    f"composition.{key} {value!r} has no meaning for weights {composition.weights!r}, which do not "
+                    "train: remove it"
+                )
 
 
 def _check_selection(method: MethodSection, training: Mapping[str, Any]) -> None:

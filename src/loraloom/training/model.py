@@ -17,7 +17,16 @@ from transformers import (
 )
 
 from loraloom.errors import InputError
-from loraloom.training.config import EXPANSION_KEYS, SELECTION_KEYS, MethodSection, ModelSection, RunConfig, Task
+from loraloom.training.composition import compose_members
+from loraloom.training.config import (
+    COMPOSITION,
+    EXPANSION_KEYS,
+    SELECTION_KEYS,
+    MethodSection,
+    ModelSection,
+    RunConfig,
+    Task,
+)
 from loraloom.tuner import LoomConfig
 
 BUILT_IN = "builtin:minilm"
@@ -96,7 +105,8 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
         new_modules: modules that start at random, from `load_base`; they train in full, whatever the method.
 
     Raises:
-        InputError: the method's keys contradict each other or match nothing in this model.
+        InputError: the method's keys contradict each other or match nothing in this model, or a member of a
+            composition cannot be read or does not fit.
     """
     if config.method.name == "full":
         return model
@@ -104,6 +114,8 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(f"{module}.") for module in new_modules))
         return model
+    if config.method.name == COMPOSITION:
+        return compose_members(model, config.composition, TASK_TYPES[config.model.task], new_modules)
     try:
         return peft.get_peft_model(model, adapter_config(config.method, config.model.task, new_modules))
     except (ValueError, TypeError) as error:

@@ -30,7 +30,8 @@ from loraloom.files import write_text_atomically
 from loraloom.optim import GaLore, adamw_memory, expected_memory, format_galore, format_param_groups
 from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
-from loraloom.training.config import METHODS_WITH_SELECTION, METRICS, RunConfig
+from loraloom.training.composition import PORTABLE, Composed, finish_composition
+from loraloom.training.config import COMPOSITION, METHODS_WITH_SELECTION, METRICS, RunConfig
 from loraloom.training.data import RunData, load_data
 from loraloom.training.display import TrainingDisplay, memory_table
 from loraloom.training.loading import dump_config, load_config, unknown_key
@@ -68,6 +69,8 @@ class RunResult:
     output_dir: str
     retention: dict[str, dict[str, float]] | None = None
     """With data.retention: its metrics "before" and "after"."""
+    composition: Composed | None = None
+    """composition: what it learned of the members."""
     adapters: Adapters | None = None
     """weightlora: rank and last gate of every adapter that was kept, null for one that was dropped, by module."""
 
@@ -109,12 +112,16 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     interrupt = InterruptCallback(
         lambda: console.print("Finishing this step and saving a checkpoint; Ctrl-C again stops at once.")
     )
-    watched = str(model.base_model.prefix) if isinstance(model, PeftModel) else ""
+    trains = count_parameters(model)[0] > 0  # else it is a composition with given weights, and only evaluated
+    adapter_trains = isinstance(model, PeftModel) and config.composition.weights == "learned"
+    watched = str(model.base_model.prefix) if adapter_trains else ""
     callbacks = [SanityCallback(watched), speed, interrupt, display]
     trainer = build_trainer(config, model, tokenizer, data, callbacks, retained)
-    if retained is not None and trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and config.method.name == COMPOSITION:
+        raise InputError(f"method.name {COMPOSITION!r} makes one LoRA of whole layers, FSDP shards them: use DDP")
+    if trainer.is_fsdp_enabled and retained is not None:
         raise InputError("data.retention does not work with FSDP: measure it on the saved adapter, on one device")
-    if not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
+    if trains and not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
         optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
         show_optimizer(model, optimizer, console)
     selection = select_in(trainer, config) if config.method.name in METHODS_WITH_SELECTION else None
@@ -124,7 +131,8 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         retention = None if retained is None else Retention(trainer, config, tokenizer, retained)
         if selection is not None and checkpoint is not None:
             selection.resume(Path(checkpoint))  # not earlier: `before` is of the model with all adapters
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if trains:
+            trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.state
         if interrupt.requested and state.global_step < state.max_steps:
             saved = output / CHECKPOINTS / f"checkpoint-{state.global_step}"
@@ -132,6 +140,9 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         after = _last_evaluation(trainer, config) or evaluate(trainer, config)
         retention_metrics = None if retention is None else {"before": retention.before, "after": retention.measure()}
     trainer.save_model(str(output))
+    composed = None
+    if config.method.name == COMPOSITION and trainer.is_world_process_zero():
+        composed = finish_composition(model, output)
     trainable, total = count_parameters(model)
     result = RunResult(
         task=config.model.task,
@@ -149,6 +160,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         wall_time_seconds=round(time.monotonic() - started, 2),
         output_dir=str(output),
         retention=retention_metrics,
+        composition=composed,
         adapters=None if selection is None else selection.adapters(),
     )
     if trainer.is_world_process_zero():
@@ -284,7 +296,7 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
             raise InputError(f"--resume: no checkpoint in {checkpoints}; run without --resume to start")
         earlier = dataclasses.asdict(load_config(output / RESOLVED))
         now = dataclasses.asdict(config)
-        for section in ("model", "data", "method", "optimizer"):
+        for section in ("model", "data", "method", "composition", "optimizer"):
             for key, value in now[section].items():
                 if earlier[section][key] != value:
                     raise InputError(
@@ -302,6 +314,7 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
                 "--output.overwrite true to replace it"
             )
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(output / PORTABLE, ignore_errors=True)
         for name in (RESULT, STATE, FILE_NAME):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)

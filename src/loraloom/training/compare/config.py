@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from loraloom.errors import InputError, did_you_mean
-from loraloom.training.config import METHODS_WITHOUT_ADAPTER, METRICS, Method, Number, RunConfig
+from loraloom.training.config import COMPOSITION, METHODS_WITHOUT_ADAPTER, METRICS, Method, Number, RunConfig
 from loraloom.training.loading import SECTION_NAMES, build_config, build_section, read_sections, unknown_key
 
 LEARNING_RATE = "training.learning_rate"
@@ -174,7 +174,10 @@ def _entry(
         raise InputError(f"compare.methods: {label!r} is none of {', '.join(names)}{did_you_mean(label, names)}")
     if "name" not in method and label in names:
         method["name"] = label
-    if method.get("name") not in METHODS_WITHOUT_ADAPTER:  # those have no rank, so take none from the others
+    if method.get("name") not in (
+        *METHODS_WITHOUT_ADAPTER,
+        COMPOSITION,
+    ):  # those have no rank, so take none from the others
         method = {**base["method"], **method}
     sections = {**{name: {**values, **own.get(name, {})} for name, values in base.items()}, "method": method}
     own_rates = own.get("learning_rates", rates)

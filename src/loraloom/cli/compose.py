@@ -1,0 +1,42 @@
+"""`loraloom compose RUN.yaml --section.key value ...`"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from loraloom.cli.options import Reporting
+from loraloom.cli.train import run_verb
+from loraloom.training.config import (
+    COMPOSITION,
+    CompositionSection,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    OutputSection,
+)
+
+
+@dataclass
+class Compose(Reporting):
+    """Make one adapter of trained ones: learn how much of each a few examples of a new task need.
+
+    The adapters stay as they are. The result is saved as a composition, and as an ordinary LoRA in portable/.
+    """
+
+    run: tyro.conf.Positional[Path | None] = None
+    """RUN.yaml with composition.members; every other key has a default."""
+    resume: bool = False
+    """Go on from the last checkpoint in output.dir."""
+    # Shown in the help; their values are read as YAML by `load_config`, which checks them as it checks the file.
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    composition: CompositionSection = field(default_factory=CompositionSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    output: OutputSection = field(default_factory=OutputSection)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compose, train what trains, and show or print the result."""
+    run_verb("compose", Compose, arguments, COMPOSITION)
