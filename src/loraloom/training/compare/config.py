@@ -177,7 +177,7 @@ def _entry(
     if method.get("name") not in (
         *METHODS_WITHOUT_ADAPTER,
         COMPOSITION,
-    ):  # those have no rank, so take none from the others
+    ):  # they have no rank to inherit
         method = {**base["method"], **method}
     sections = {**{name: {**values, **own.get(name, {})} for name, values in base.items()}, "method": method}
     own_rates = own.get("learning_rates", rates)
