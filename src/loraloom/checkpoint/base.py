@@ -1,14 +1,17 @@
 """The weights of a base model that an adapter refers to, and what the adapter adds to them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from loraloom.checkpoint.adapter import StoredAdapter, as_matrix, base_keys, stored_transposed
+from loraloom.checkpoint.adapter import CONV1D_MODELS, StoredAdapter, as_matrix, base_keys, stored_transposed
 from loraloom.checkpoint.io import locate, open_checkpoint, read_json
 from loraloom.errors import InputError
 from loraloom.functional import compute_dtype, delta_weight
+
+_EMBEDDING = re.compile(r".*embed\w*|wte|wpe")
 
 
 class BaseWeights:
@@ -48,8 +51,14 @@ class BaseWeights:
 
     def is_embedding(self, module: str) -> bool:
         """Whether the module is a table of vectors: stored as W^T, and no Conv1D."""
-        conv1d = bool(self._adapter.config.get("fan_in_fan_out"))
-        return self.keys[module] is not None and self.transposed(module) and not conv1d
+        if self._config.get("model_type") in CONV1D_MODELS or self._adapter.config.get("fan_in_fan_out"):
+            return looks_like_embedding(module)
+        return self.keys[module] is not None and self.transposed(module)
+
+
+def looks_like_embedding(module: str) -> bool:
+    """Whether the module is a table of vectors, by its name, where nothing else tells."""
+    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
 
 
 def weight_update(adapter: StoredAdapter, module: str, W: Tensor) -> Tensor:

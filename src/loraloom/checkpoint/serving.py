@@ -1,6 +1,5 @@
 """Which programs serve an adapter, why not, and what to run. The facts are in serving.yaml, with date and sources."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,10 +9,10 @@ from typing import Any
 import yaml
 
 from loraloom.checkpoint.adapter import StoredAdapter
+from loraloom.checkpoint.base import BaseWeights, looks_like_embedding
 
 # Of PEFT's LoRA: starts that take something away from the base weight, in the model and not in the adapter.
 _ALTER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_EMBEDDING = re.compile(r"(.*embed\w*|.*_embeddings?|wte|wpe|embeddings?)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def serving_data() -> Mapping[str, Any]:
     return yaml.safe_load((Path(__file__).parent / "serving.yaml").read_text(encoding="utf-8"))
 
 
-def features(adapter: StoredAdapter) -> dict[str, str]:
+def features(adapter: StoredAdapter, base: BaseWeights | None = None) -> dict[str, str]:
     """The features that the rules of serving.yaml are about -> what the adapter has of it, for a message."""
     config = adapter.config
     found: dict[str, str] = {}
@@ -54,12 +53,12 @@ def features(adapter: StoredAdapter) -> dict[str, str]:
         found["alpha_pattern"] = f"alpha_pattern has {len(config['alpha_pattern'])} entries"
     if any("magnitude" in adapter.parts(module) for module in adapter.modules):
         found["use_dora"] = "has DoRA magnitudes"
-    if any("bias" in adapter.parts(module) for module in adapter.modules):
-        found["lora_bias"] = "lora_bias is true"
+    if any({"bias", "member_bias"} & adapter.parts(module).keys() for module in adapter.modules):
+        found["lora_bias"] = "adds to biases"
     for module in adapter.modules:
         if len(adapter.checkpoint.shape(adapter.parts(module)["A"])) > 2:
             found.setdefault("convolution", f"{module} is a convolution")
-        elif is_embedding(adapter, module):
+        elif is_embedding(adapter, module, base):
             found.setdefault("embedding", f"{module} is an embedding")
     for key in adapter.others:
         found.setdefault(kind_of_other(adapter, key), f"holds {key.removeprefix('base_model.model.')}")
@@ -79,12 +78,11 @@ def kind_of_other(adapter: StoredAdapter, key: str) -> str:
     return "modules_to_save"
 
 
-def is_embedding(adapter: StoredAdapter, module: str) -> bool:
-    """Whether the adapted module is a table of vectors; of our own adapters only the module's name tells."""
-    key = adapter.parts(module)["A"]
+def is_embedding(adapter: StoredAdapter, module: str, base: BaseWeights | None = None) -> bool:
+    """Whether the adapted module is a table of vectors; of our own adapters the base tells, or else the name."""
     if adapter.kind == "LORA":
-        return "lora_embedding_A" in key
-    return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
+        return "lora_embedding_A" in adapter.parts(module)["A"]
+    return looks_like_embedding(module) if base is None else base.is_embedding(module)
 
 
 def allowed_rank(server: str, rank: int) -> int | None:

@@ -15,6 +15,7 @@ VERBS = {
     "quickstart": "fine-tune a real model on real text in a few minutes, without the hub",
     "train": "fine-tune a model as RUN.yaml says",
     "evaluate": "load a finished run from its folder and evaluate it again",
+    "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
 }
 HELP = f"""usage: loraloom VERB [options]
