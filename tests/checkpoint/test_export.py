@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from loraloom import LoomConfig
 from loraloom.checkpoint.adapter import open_adapter
-from loraloom.checkpoint.export import best_approximation, export_adapter
+from loraloom.checkpoint.export import export_adapter
+from loraloom.checkpoint.export_plan import best_approximation
 from loraloom.checkpoint.inspect import inspect_adapter
 from loraloom.errors import InputError, RunFailedError
 from loraloom.functional import delta_weight
@@ -169,7 +170,9 @@ def save(pico_llama_dir, folder, config):
 
 def test_truncation_is_the_best_and_its_error_is_reported(pico_llama_dir, tmp_path):
     save(pico_llama_dir, tmp_path / "a", LoomConfig.moslora(**LORA))
-    with pytest.raises(InputError, match=r"rank 2 loses \d+.\d% of the update.*--allow-lossy.*loraloom merge"):
+    with pytest.raises(
+        InputError, match=r"rank 2 in float32 loses \d+.\d% of the update.*--allow-lossy.*loraloom merge"
+    ):
         export_adapter(tmp_path / "a", "portable", tmp_path / "b", rank=2)
     assert not (tmp_path / "b").exists()
     report = export_adapter(tmp_path / "a", "portable", tmp_path / "b", rank=2, allow_lossy=True)
@@ -198,7 +201,7 @@ def test_dora_needs_the_base_and_is_refused_above_one_percent(pico_llama_dir, tm
     model = save(pico_llama_dir, tmp_path / "a", LoomConfig.dora(**LORA, use_mixer="orthogonal"))
     with pytest.raises(InputError, match=r"DoRA magnitudes.*--base.*loraloom merge"):
         export_adapter(tmp_path / "a", "vllm", tmp_path / "b")
-    with pytest.raises(InputError, match=r"rank 8 loses .*--rank, or --allow-lossy.*loraloom merge"):
+    with pytest.raises(InputError, match=r"rank 8 in float32 loses .*--rank, or --allow-lossy.*loraloom merge"):
         export_adapter(tmp_path / "a", "vllm", tmp_path / "b", base=pico_llama_dir)
     before = model.unload().state_dict()
     after = trained_merge(pico_llama_dir, tmp_path / "a")
@@ -232,16 +235,12 @@ def test_large_matrices_are_approximated_almost_as_well_as_by_an_exact_svd():
         (PEFT_ONLY["head"], "vllm", "holds lm_head.weight, and vLLM: must be empty; use loraloom merge"),
         (PEFT_ONLY["tokens"], "gguf-ready", "llama.cpp: exits on full head or embedding weights; use loraloom merge"),
         (PEFT_ONLY["embedding"], "portable", "embed_tokens is an embedding, and vLLM"),
-        (peft.LoraConfig(**LORA, bias="all"), "sglang", None),
         (peft.LoraConfig(**(LORA | {"r": 600})), "vllm", "rank 600 is above 512.*give --rank"),
     ],
-    ids=["head", "tokens", "embedding", "bias", "rank"],
+    ids=["head", "tokens", "embedding", "rank"],
 )
 def test_what_a_target_cannot_hold_is_refused_with_the_way_out(pico_llama_dir, tmp_path, config, target, message):
     save(pico_llama_dir, tmp_path / "a", config)
-    if message is None:  # a Llama has no biases, so there is nothing to refuse
-        export_adapter(tmp_path / "a", target, tmp_path / "b")
-        return
     with pytest.raises(InputError, match=message):
         export_adapter(tmp_path / "a", target, tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -272,6 +271,28 @@ def test_convolutions_and_biases_go_to_peft_alone(tmp_path):
         exported = peft.PeftModel.from_pretrained(net(), tmp_path / f"{name} out")
         assert exported.peft_config["default"].peft_type == peft.PeftType.LORA
         torch.testing.assert_close(exported(x), model(x))
+
+
+def test_what_the_configuration_says_without_a_tensor_is_dropped(pico_llama_dir, tmp_path):
+    save(pico_llama_dir, tmp_path / "a", peft.LoraConfig(**LORA, bias="all"))  # a Llama has no biases
+    vllm = next(verdict for verdict in inspect_adapter(tmp_path / "a").serving if verdict.server == "vLLM")
+    assert (vllm.effect, vllm.reasons) == ("rejected", ["bias is 'all': bias must be none"])
+    assert vllm.run.startswith("loraloom export")
+    export_adapter(tmp_path / "a", "portable", tmp_path / "b")
+    assert open_adapter(tmp_path / "b").config["bias"] == "none"
+
+
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+def test_updates_that_nearly_cancel_are_exact_up_to_rounding(pico_llama_dir, tmp_path, init):
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pico_llama_dir), LoomConfig(**LORA, init_lora_weights=init)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 1e-5)
+    model.save_pretrained(tmp_path / "a")
+    assert export_adapter(tmp_path / "a", "portable", tmp_path / "b").error < 1e-2
 
 
 def test_a_start_that_changed_the_base_is_refused(pico_llama_dir, tmp_path):
@@ -326,7 +347,7 @@ def test_what_was_written_is_read_back(pico_llama_dir, tmp_path, monkeypatch):
     def careless(tensors, file, metadata):
         save_file({k: v * 1.001 if "q_proj.lora_B" in k else v for k, v in tensors.items()}, file, metadata)
 
-    monkeypatch.setattr("loraloom.checkpoint.export.save_file", careless)
+    monkeypatch.setattr("loraloom.checkpoint.export_plan.save_file", careless)
     with pytest.raises(RunFailedError, match=r"q_proj: the update read back is 1\.0e-03 off"):
         export_adapter(tmp_path / "a", "portable", tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -104,7 +104,8 @@ def config_findings(adapter: StoredAdapter) -> list[Finding]:
         why = "have tensors, but target_modules, exclude_modules or layers_to_transform leave them out: PEFT drops them"
         found.append(_error("target", why, unreached))
     targets = config.get("target_modules")
-    idle = [t for t in targets if not any(_ends_with(m, t) for m in adapter.modules)] if _is_list(targets) else []
+    names = targets if isinstance(targets, list) else []
+    idle = [name for name in names if not any(_ends_with(module, name) for module in adapter.modules)]
     if idle:
         found.append(_warning("target", "of target_modules match no adapted module", idle))
     found += _part_findings(adapter)
@@ -155,7 +156,7 @@ def _is_target(config: dict[str, Any], module: str) -> bool:
     excluded, targets, layers = (config.get(k) for k in ("exclude_modules", "target_modules", "layers_to_transform"))
     if isinstance(excluded, str) and re.fullmatch(excluded, module):
         return False
-    if _is_list(excluded) and any(_ends_with(module, name) for name in excluded):
+    if isinstance(excluded, list) and any(_ends_with(module, name) for name in excluded):
         return False
     if targets is None or targets == "all-linear":
         return True
@@ -174,10 +175,6 @@ def _is_target(config: dict[str, Any], module: str) -> bool:
 
 def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def _size(shape: Iterable[int]) -> str:

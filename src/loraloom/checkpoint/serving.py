@@ -14,6 +14,13 @@ from loraloom.checkpoint.base import BaseWeights, looks_like_embedding
 # Of PEFT's LoRA: starts that take something away from the base weight, in the model and not in the adapter.
 _ALTER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+_WAYS = {
+    "export": "`export`, exact",
+    "lossy": "`merge`, exact; `export --base`, with an error",
+    "merge": "`merge`",
+    "save": "save it again from PEFT",
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -99,6 +106,11 @@ def serving_table(adapter: StoredAdapter, base: str | None = None) -> list[Verdi
         base: the base model, for the commands; None takes the name in the adapter's configuration.
     """
     data, found = serving_data(), features(adapter)
+    # A server reads the configuration, also where no tensor goes with it; an export drops these.
+    said = {name: f"{name} is {adapter.config.get(name)!r}" for name in ("bias", "modules_to_save")}
+    said = {name: text for name, text in said.items() if adapter.config.get(name) not in (None, [], "none")}
+    ways = {feature: data["ways_out"][feature] if feature in found else "export" for feature in said | found}
+    found = said | found
     rank = max((adapter.rank(module) for module in adapter.modules), default=1)
     base = base or adapter.config.get("base_model_name_or_path") or "BASE"
     verdicts = []
@@ -115,9 +127,29 @@ def serving_table(adapter: StoredAdapter, base: str | None = None) -> list[Verdi
         if effect == "ok":
             run = server["run"].format(adapter=adapter.path, base=base, rank=max_rank)
         else:
-            run = _way_out({data["ways_out"][feature] for feature in rules}, adapter, server, base, max_rank is None)
+            run = _way_out({ways[feature] for feature in rules}, adapter, server, base, max_rank is None)
         verdicts.append(Verdict(server["name"], effect, reasons, run))
     return verdicts
+
+
+def serving_markdown() -> str:
+    """The rules as a table in Markdown: a row per feature, a column per program, then the sources."""
+    data = serving_data()
+    servers = data["servers"].values()
+    rows = [
+        ["the adapter has", *(server["name"] for server in servers), "way out"],
+        ["---"] * (len(servers) + 2),
+    ]
+    for feature, what in data["features"].items():
+        if feature == "rank":
+            cells = ["any" if "ranks" not in s else f"up to {s['ranks'][-1]}" for s in servers]
+        else:
+            rules = [server["rules"].get(feature, {"effect": "ok"}) for server in servers]
+            cells = [f"**{r['effect']}**: {r['why']}" if "why" in r else r["effect"] for r in rules]
+        rows.append([what, *cells, _WAYS[data["ways_out"][feature]]])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    sources = "\n".join(f"- {server['name']}: {'; '.join(server['sources'])}" for server in servers)
+    return f"{table}\n\nRead {data['read']}:\n\n{sources}"
 
 
 def _way_out(ways: set[str], adapter: StoredAdapter, server: Mapping, base: str, too_large: bool) -> str:
