@@ -114,8 +114,8 @@ def export_adapter(
         if report.error > ALLOWED_LOSS and not allow_lossy:
             raise InputError(
                 f"rank {report.rank} in {dtype} loses {report.error:.1%} of the update (at worst "
-                f"{report.worst.error:.1%}, {report.worst.module}), more than {ALLOWED_LOSS:.0%}: give a larger --rank, "
-                "or --allow-lossy, or use loraloom merge, which is exact"
+                f"{report.worst.error:.1%}, {report.worst.module}), more than {ALLOWED_LOSS:.0%}: give a larger "
+                "--rank, or --allow-lossy, or use loraloom merge, which is exact"
             )
         # A model card goes here: the report is complete, and the folder not yet at its place.
     return report
