@@ -137,7 +137,9 @@ def open_adapter(path_or_id: str | Path) -> StoredAdapter:
     """
     folder = locate(path_or_id, (CONFIG, WEIGHTS))
     if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} has no {CONFIG}; expected the folder that save_pretrained wrote for an adapter")
+        inside = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG}"))  # PEFT's place for named adapters
+        hint = "expected the folder that save_pretrained wrote for an adapter"
+        raise InputError(f"{folder} has no {CONFIG}; {f'its subfolder {inside[0]} has' if inside else hint}")
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
     if kind not in _PARTS:
