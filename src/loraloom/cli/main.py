@@ -17,6 +17,8 @@ VERBS = {
     "compare": "train several methods side by side, with several seeds and learning rates",
     "compose": "make one adapter of trained ones, with weights learned from a few examples",
     "evaluate": "load a finished run from its folder and evaluate it again",
+    "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
+    "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
 }
 HELP = f"""usage: loraloom VERB [options]
 
