@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from loraloom.functional import Term, delta_weight, fold
 from loraloom.spectral.factored import effective_rank, factored_svd, stable_rank, truncate
-from loraloom.tuner.functional import Term, delta_weight, fold
 
 # r less than, between, and more than both sides.
 SHAPES = [(4, 30, 20), (4, 20, 30), (25, 20, 30), (40, 20, 30), (1, 5, 1)]

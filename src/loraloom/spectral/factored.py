@@ -3,7 +3,7 @@
     B = Q_B R_B,   A^T = Q_A R_A,   R_B R_A^T = u diag(S) v^T   =>   B A = (Q_B u) diag(S) (Q_A v)^T
 
 Two QRs of thin matrices and the SVD of an (r, r) one, O((out + in) r^2), in place of O(out in min(out, in)). Shapes are
-those of LoRA, A (r, in) and B (out, r); a sum of products is one product, by :func:`loraloom.tuner.functional.fold`.
+those of LoRA, A (r, in) and B (out, r); a sum of products is one product, by :func:`loraloom.functional.fold`.
 """
 
 import math
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from loraloom.tuner.functional import compute_dtype
+from loraloom.functional import compute_dtype
 
 
 def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

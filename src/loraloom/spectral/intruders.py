@@ -5,7 +5,7 @@ W', j < top_k, is an intruder if
 
     max_i |cos(U0_i, U_j)| < epsilon          over all i with s0_i > 0.
 
-Shapes are those of :mod:`loraloom.tuner.functional`: W (out, in), A (r, in), B (out, r) folded to scale 1. Whole models
+Shapes are those of :mod:`loraloom.functional`: W (out, in), A (r, in), B (out, r) folded to scale 1. Whole models
 are looped over in :mod:`loraloom.spectral.models`.
 """
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from loraloom.tuner.functional import adapted_row_norm, compute_dtype
+from loraloom.functional import adapted_row_norm, compute_dtype
 
 TILE_ROWS = 1024
 # Singular values under this share of the largest count as zero: rounding of a float32 weight is about as large, and the
@@ -104,7 +104,7 @@ class AdaptedMatrix:
 
 
 def row_norms(W: Weight, A: Tensor, B: Tensor) -> Tensor:
-    """``||W_i + (B A)_i||`` of each row (out,), see :func:`loraloom.tuner.functional.adapted_row_norm`."""
+    """``||W_i + (B A)_i||`` of each row (out,), see :func:`loraloom.functional.adapted_row_norm`."""
     norms = [
         adapted_row_norm(tile, tile.square().sum(dim=1), A, B[rows]) for rows, tile in tiles(W, compute_dtype(A, B))
     ]
