@@ -44,11 +44,11 @@ class BasisCache:
     shorter one).
 
     Args:
-        folder: where to keep the bases; created when needed. None keeps them in memory only.
+        cache_dir: where to keep the bases; created when needed. None keeps them in memory only.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = None if folder is None else Path(folder)
+    def __init__(self, cache_dir: str | Path | None = None) -> None:
+        self.folder = None if cache_dir is None else Path(cache_dir)
         self._bases: dict[str, Tensor] = {}
 
     def __call__(self, W: Weight) -> Tensor:
