@@ -15,6 +15,8 @@ _EXPORTS = {
     "LoomConfig": "loraloom.tuner",
     "LoomModel": "loraloom.tuner",
     "compose": "loraloom.composition",
+    "find_intruders": "loraloom.spectral.models",
+    "reduce_intruders": "loraloom.spectral.models",
 }
 __all__ = [*_EXPORTS]
 

@@ -35,7 +35,7 @@ class Triplets(NamedTuple):
 
 
 def top_singular(
-    matrix: AdaptedMatrix, k: int, tolerance: float = 1e-5, dtype: torch.dtype = torch.float32
+    matrix: AdaptedMatrix, k: int, tolerance: float = 1e-4, dtype: torch.dtype = torch.float32
 ) -> Triplets:
     """The k largest singular triplets of W'.
 
