@@ -7,7 +7,8 @@ scaled by lambda, and both are measured again:
 
     python benchmarks/forgetting.py --train trec/train.jsonl --test trec/test.jsonl --runs DIR --out forgetting.json
 
-Rows are {"text", "label"}. Runs that are in --out already are not repeated. --page DIR draws the curves.
+Rows are {"text", "label"}. Runs that are in --out already are not repeated; --learning-rates and --seeds without a
+value train nothing. --picture FILE draws the curves of --drawn, a learning rate.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 from loraloom.errors import RunFailedError
+from loraloom.report import Lines, Series
+from loraloom.report.png import DPI, picture
 from loraloom.training.config import RunConfig
 from loraloom.training.evaluate import sweep_saved
 from loraloom.training.loading import build_config
@@ -91,6 +94,19 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def figure(results: list[dict[str, Any]], rate: float) -> Lines:
+    """Both accuracies over the scale, means over the seeds of one learning rate."""
+    rows = [row for row in results if row["learning_rate"] == rate]
+    points = [*zip(*(row["sweeps"]["top"] for row in rows), strict=True)]
+    scales = [seeds[0]["scale"] for seeds in points]
+    curves = [
+        Series(label, scales, [statistics.mean(point["metrics"][name] for point in seeds) for seeds in points])
+        for name, label in zip(SHOWN, ("task (TREC)", "retention (docstrings)"), strict=True)
+    ]
+    before = statistics.mean(row["retention"]["before"]["accuracy"] for row in rows)
+    return Lines("scale of the intruders", "accuracy", curves, references={"retention before training": before})
+
+
 def spread(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
@@ -102,12 +118,14 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--runs", required=True, help="folder for the adapters")
     parser.add_argument("--out", default="forgetting.json", help="results; runs in it are not repeated")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 5e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--scopes", nargs="+", default=["top", "all"])
+    parser.add_argument("--learning-rates", type=float, nargs="*", default=[2e-3, 5e-3])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--scopes", nargs="+", default=["top"])
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES)
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--max-retention", type=int, default=1000)
+    parser.add_argument("--max-retention", type=int, default=400)
+    parser.add_argument("--picture", help="PNG to draw")
+    parser.add_argument("--drawn", type=float, default=5e-3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -120,6 +138,9 @@ def main() -> None:
                 out.write_text(json.dumps(results, indent=1) + "\n")
                 print({key: value for key, value in results[-1].items() if key != "sweeps"}, flush=True)
     print(table(results))
+    if arguments.picture:
+        drawn = picture(figure(results, arguments.drawn), f"Intruders scaled down, learning rate {arguments.drawn:g}")
+        drawn.savefig(arguments.picture, dpi=DPI)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "load a finished run from its folder and evaluate it again",
     "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
+    "intruders": "find the directions that forget, and write an adapter with less of them",
 }
 HELP = f"""usage: loraloom VERB [options]
 
