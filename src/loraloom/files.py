@@ -1,8 +1,14 @@
 """Writing files so that a reader never sees half of one."""
 
+import fcntl
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from loraloom.errors import InputError
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -22,3 +28,61 @@ def write_text_atomically(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextmanager
+def folder_atomically(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `path` to write into; it becomes `path` by a rename when the block ends without an error.
+
+    The folder of a run that was killed is removed by the next one, and so is the half of an overwriting that a kill
+    left behind: until the rename the old `path` is whole.
+
+    Args:
+        path: what is to be made. Its parents are made as well.
+        overwrite: replace a folder that has something in it.
+
+    Raises:
+        InputError: `path` is a file, or has something in it, or another process is writing it now.
+    """
+    path = path.expanduser().resolve()
+    new, old = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "replaced"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new.mkdir(exist_ok=True)
+    lock = os.open(new, os.O_RDONLY)  # on the folder itself: the kernel frees it however a process ends
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {path} now: wait for it, or choose another folder") from None
+        try:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            check_new_folder(path, overwrite)
+            for left in new.iterdir():
+                _remove(left)
+            yield new
+            if path.exists() and any(path.iterdir()):
+                _remove(old)
+                path.rename(old)
+            new.rename(path)  # over an empty folder, or over nothing
+            _remove(old)
+        except BaseException:
+            _remove(new)
+            raise
+    finally:
+        os.close(lock)
+
+
+def check_new_folder(path: Path, overwrite: bool = False) -> None:
+    """Raises InputError where `path` is a file, or a folder with something in it that is not to be overwritten."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; expected a folder to make")
+    if not overwrite and path.exists() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty: choose another folder, or pass --overwrite to replace it")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ VERBS = {
     "compare": "train several methods side by side, with several seeds and learning rates",
     "compose": "make one adapter of trained ones, with weights learned from a few examples",
     "evaluate": "load a finished run from its folder and evaluate it again",
+    "merge": "merge adapters into a base model on disk, in little memory, and verify the result",
 }
 HELP = f"""usage: loraloom VERB [options]
 

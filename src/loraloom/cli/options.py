@@ -65,7 +65,8 @@ def parse(verb: str, command: type, arguments: Sequence[str]) -> Any:
     known = ["--help", "-h", *(f"--{f.name}" for f in fields(command))]
     for word in arguments:  # tyro's own message takes ten lines
         option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("-") and option not in [name.replace("_", "-") for name in known]:
+        number = option[1:2].isdigit()
+        if option.startswith("-") and not number and option not in [name.replace("_", "-") for name in known]:
             raise InputError(f"unknown option {word!r}{did_you_mean(word, known)} See loraloom {verb} --help")
     return tyro.cli(
         command,
