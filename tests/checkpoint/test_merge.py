@@ -22,6 +22,7 @@ from loraloom.checkpoint import edits
 from loraloom.checkpoint.io import open_checkpoint
 from loraloom.checkpoint.merge import merge_checkpoint
 from loraloom.errors import InputError
+from tests.checkpoint.support import llama, logits, same_logits, trained
 
 # PEFT tells what it saves, and that it does not tie what it trains: both are what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model (with|has) `?tie")
