@@ -24,8 +24,7 @@ merge_checkpoint(sys.argv[1:2], *sys.argv[2:4], overwrite=True, progress=progres
 """
 
 
-@pytest.mark.parametrize("tensors", [1, 9, 21])
-@pytest.mark.parametrize("overwriting", [False, True])
+@pytest.mark.parametrize(("tensors", "overwriting"), [(9, False), (21, True)])
 def test_killed_in_the_middle(pico_llama_dir, tmp_path, tensors, overwriting):
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     AutoModelForCausalLM.from_pretrained(pico_llama_dir).save_pretrained(base, max_shard_size="20KB")

@@ -33,7 +33,7 @@ def quantised(request, tmp_path):
 
 
 def test_weights_are_near_those_that_were_quantised(quantised, tmp_path):
-    folder, model = quantised
+    folder, _ = quantised
     original = open_checkpoint(tmp_path / "original")
     base = DequantisedCheckpoint(folder, list(open_checkpoint(folder).files))
     assert set(base) == set(original)

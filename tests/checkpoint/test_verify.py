@@ -85,5 +85,5 @@ def test_a_model_that_cannot_be_run(pico_llama_dir, tmp_path):
     merged(pico_llama_dir, model, LoomConfig(r=2, target_modules=["q_proj"]), tmp_path)
     path = tmp_path / "out" / "model.safetensors"
     save_file({k: torch.full_like(v, torch.nan) for k, v in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(RunFailedError, match="out is merged, but verifying it failed: .*NaN"):
+    with pytest.raises(RunFailedError, match=r"out is merged, but verifying it failed: .*NaN"):
         verify_merge(tmp_path / "out", pico_llama_dir, [tmp_path / "adapter"], 1)
