@@ -15,6 +15,7 @@ _EXPORTS = {
     "LoomConfig": "loraloom.tuner",
     "LoomModel": "loraloom.tuner",
     "compose": "loraloom.composition",
+    "merge_checkpoint": "loraloom.checkpoint.merge",
 }
 __all__ = [*_EXPORTS]
 

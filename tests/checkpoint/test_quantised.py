@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraloom import LoomConfig
 from loraloom.checkpoint import edits
+from loraloom.checkpoint import quantised as quantised_module
 from loraloom.checkpoint.io import open_checkpoint
 from loraloom.checkpoint.merge import merge_checkpoint
 from loraloom.checkpoint.quantised import DequantisedCheckpoint
@@ -21,19 +22,22 @@ FORMATS = {
     "int8": {"load_in_8bit": True},
 }
 
+TOLERANCE = {"nf4": 0.11, "fp4": 0.15, "int8": 0.01}
+
 
 @pytest.fixture(params=FORMATS)
 def quantised(request, tmp_path):
-    """The folder of a quantised model, and the model."""
+    """The folder of a quantised model, and how it is quantised."""
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "original")
     config = BitsAndBytesConfig(**FORMATS[request.param])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    return tmp_path / "base", model
+    return tmp_path / "base", request.param
 
 
-def test_weights_are_near_those_that_were_quantised(quantised, tmp_path):
-    folder, _ = quantised
+def test_weights_are_near_those_that_were_quantised(quantised, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantised_module, "_CHUNK", 130)
+    folder, kind = quantised
     original = open_checkpoint(tmp_path / "original")
     base = DequantisedCheckpoint(folder, list(open_checkpoint(folder).files))
     assert set(base) == set(original)
@@ -43,7 +47,8 @@ def test_weights_are_near_those_that_were_quantised(quantised, tmp_path):
         assert base.dtype(key) is torch.bfloat16
         is_linear = key.endswith("proj.weight")
         assert torch.equal(W, exact) != is_linear
-        assert (W - exact).norm() < (0.15 if is_linear else 1e-9) * exact.norm()
+        # What rounding to the nearest of 16 values leaves of a normal distribution is 0.09 with NF4.
+        assert (W - exact).float().norm() <= (TOLERANCE[kind] if is_linear else 0) * exact.float().norm()
         assert torch.equal(base.rows(key, 1, 3), W[1:3])
 
 

@@ -49,7 +49,7 @@ def check_verifiable(adapters: Sequence[str | Path], weights: Sequence[float] | 
     weighted = any(weight != 1 for weight in weights or [])
     for adapter in opened:
         whole = any("base_layer" not in name for name in adapter.others)
-        scaled = any({"magnitude", "bias"} & adapter.parts(module).keys() for module in adapter.modules)
+        scaled = any({"magnitude", "bias", "member_bias"} & adapter.parts(module).keys() for module in adapter.modules)
         if (weighted and (whole or scaled)) or (len(opened) > 1 and whole):
             raise InputError(
                 f"PEFT has no model with a weighted sum of {adapter.path}, which is more than a low-rank update, to "
