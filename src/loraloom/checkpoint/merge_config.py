@@ -76,8 +76,8 @@ def _set_vocabulary(config: dict[str, Any], size: int) -> None:
 
 def _set_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
-        config[key] = name
+    for field in [field for field in ("dtype", "torch_dtype") if field in config] or ["torch_dtype"]:
+        config[field] = name
     for key, part in config.items():  # of models made of several
         if isinstance(part, dict) and {"dtype", "torch_dtype"} & part.keys():
             config[key] = dict(part)

@@ -203,8 +203,8 @@ def _share_or_untie(edits: _Edits, table: VocabularyTable, plan: Plan) -> None:
     shared = [_shared(edit) for edit in embedding]
     alone = [edit for edit, both in zip(embedding, shared, strict=True) if edit != both]
     if not alone and not of_head:
-        if shared and head in edits.base:
-            edits.of[head] = shared  # type: ignore[index]  # stored twice
+        if shared and head is not None and head in edits.base:
+            edits.of[head] = shared  # stored twice
         return
     if head is None:
         raise InputError(

@@ -138,11 +138,12 @@ def _with_adapters(architecture: Any, merged: Any, request: dict[str, Any]) -> A
     if model.get_input_embeddings().num_embeddings != size:
         model.resize_token_embeddings(size)
     names = [f"adapter{i}" for i in range(len(request["adapters"]))]
-    peft_model = peft.PeftModel.from_pretrained(model, request["adapters"][0], adapter_name=names[0])
+    peft_model: Any = peft.PeftModel.from_pretrained(model, request["adapters"][0], adapter_name=names[0])
     for name, path in zip(names[1:], request["adapters"][1:], strict=True):
         peft_model.load_adapter(path, adapter_name=name)
     if len(names) > 1:
         peft_model.base_model.set_adapter(names)
+    module: Any
     for module in peft_model.modules():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and hasattr(module, "scaling"):
             for name, weight in zip(names, request["weights"], strict=True):
