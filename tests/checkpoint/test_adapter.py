@@ -189,6 +189,9 @@ def test_what_cannot_be_read_is_one_line(pico_llama_dir, tmp_path):
     (empty / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
         open_adapter(empty)
+    shutil.copytree(whole, empty / "squad")
+    with pytest.raises(InputError, match=r"no adapter_config\.json; its subfolder squad has"):
+        open_adapter(empty)
     half = copy("half")
     tensors = load_file(half / "adapter_model.safetensors")
     save_file({k: v for k, v in tensors.items() if "lora_B" not in k}, half / "adapter_model.safetensors")

@@ -87,10 +87,15 @@ class StoredAdapter:
         """r of one module, from its tensors."""
         return self.checkpoint.shape(self._keys[module]["A"])[0]
 
+    def shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of one module's update as a matrix, from the headers."""
+        A, B = (self.checkpoint.shape(self._keys[module][part]) for part in ("A", "B"))
+        return B[0], math.prod(A[1:])
+
     def scaling(self, module: str) -> float:
         """s of one module: alpha / r, or alpha / sqrt(r) with rsLoRA, by the configuration's patterns."""
-        r = _pattern_value(self.config.get("rank_pattern"), module, self.config.get("r", 8))
-        alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        r = pattern_value(self.config.get("rank_pattern"), module, self.config.get("r", 8))
+        alpha = pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
         return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     def part(self, module: str, part: str) -> Tensor | None:
@@ -146,7 +151,9 @@ def open_adapter(path_or_id: str | Path) -> StoredAdapter:
     """
     folder = locate(path_or_id, (CONFIG, WEIGHTS))
     if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} has no {CONFIG}; expected the folder that save_pretrained wrote for an adapter")
+        inside = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG}"))  # PEFT's place for named adapters
+        hint = "expected the folder that save_pretrained wrote for an adapter"
+        raise InputError(f"{folder} has no {CONFIG}; {f'its subfolder {inside[0]} has' if inside else hint}")
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
     if kind not in _PARTS:
@@ -245,7 +252,7 @@ def _split(key: str, parts: dict[str, str]) -> tuple[str, str | None]:
     return name, None
 
 
-def _pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+def pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rule: the first key that matches the whole name, or its ending after a dot."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):

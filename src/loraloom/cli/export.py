@@ -1,0 +1,82 @@
+"""`loraloom export ADAPTER --to TARGET --out DIR`"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+from rich.progress import track
+
+from loraloom.cli.options import Output, parse
+from loraloom.errors import InputError
+
+if TYPE_CHECKING:
+    from loraloom.checkpoint.export import ExportReport
+
+
+@dataclass
+class Export(Output):
+    """Write an adapter as a plain LoRA: scales, mixers, gates and compositions folded in. Builds no model.
+
+    What was written is read back and compared, module by module. The folder appears when all of it is right.
+    """
+
+    adapter: tyro.conf.Positional[str | None] = None
+    """Folder (or hub repository) of an adapter of PEFT's LoRA or of loraloom."""
+    to: Literal["portable", "peft", "vllm", "sglang", "gguf-ready"] = "portable"
+    """For whom. portable: vLLM, SGLang and llama.cpp take it. peft: different ranks, DoRA and saved modules stay."""
+    out: str | None = None
+    """The new folder."""
+    base: str | None = None
+    """Folder (or hub repository) of the base model; DoRA needs it for a server."""
+    rank: int | None = None
+    """The rank to write; larger ones are truncated, and the error is reported."""
+    allow_lossy: bool = False
+    """Write the result though its error is above 1%."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the factors. Servers convert to the model's dtype when they load."""
+    overwrite: bool = False
+    """Replace the folder if it is there."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export, and show or print the report."""
+    command: Export = parse("export", Export, arguments)
+    if command.adapter is None or command.out is None:
+        raise InputError("export needs the folder of an adapter, and --out with the folder to write")
+    console = command.console()
+    with console.status("Loading PyTorch"):
+        from loraloom.checkpoint.export import export_adapter
+
+    def watch(modules: Sequence[str], what: str) -> Iterable[str]:
+        return track(modules, what, console=console, transient=True, disable=not console.is_terminal)
+
+    report = export_adapter(
+        command.adapter,
+        command.to,
+        command.out,
+        base=command.base,
+        rank=command.rank,
+        allow_lossy=command.allow_lossy,
+        overwrite=command.overwrite,
+        dtype=command.dtype,
+        watch=watch,
+    )
+    console.print(summary(report), soft_wrap=True, highlight=False)
+    if command.json:
+        print(json.dumps(report.to_dict()))
+
+
+def summary(report: "ExportReport") -> str:
+    """What was written and how exact it is, in a few lines."""
+    kind = "Approximated" if report.lossy else "Exact up to rounding"
+    lines = [
+        f"{report.path}: a plain LoRA for {report.target}, {len(report.modules)} modules, rank {report.rank}, "
+        f"{report.dtype}",
+        f"{kind}: ||dW - dW'||/||dW|| is {report.error:.1e} over all modules, at worst {report.worst.error:.1e} "
+        f"({report.worst.module})",
+    ]
+    if report.dropped:
+        lines.append(f"Left out, because their update is zero: {len(report.dropped)} modules")
+    return "\n".join(lines)

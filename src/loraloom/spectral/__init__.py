@@ -1,0 +1,1 @@
+"""Spectra of low-rank updates and of the weights that they change."""
