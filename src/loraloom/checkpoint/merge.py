@@ -18,6 +18,8 @@ import torch
 
 from loraloom import __version__
 from loraloom.checkpoint.adapter import StoredAdapter, open_adapter
+from loraloom.checkpoint.card import write_card
+from loraloom.checkpoint.cards import merge_card
 from loraloom.checkpoint.edits import Change, merged_blocks
 from loraloom.checkpoint.io import INDEX, Checkpoint, locate, open_checkpoint, read_json
 from loraloom.checkpoint.merge_plan import Plan, plan_merge
@@ -80,10 +82,11 @@ class MergeResult:
         """All of it, for JSON."""
         return asdict(self)
 
-    def verified(self, verification: dict[str, Any]) -> "MergeResult":
-        """The same with a verification, written into the folder as well."""
+    def verified(self, verification: dict[str, Any], command: str = "") -> "MergeResult":
+        """The same with a verification, written into the folder and its model card as well."""
         result = replace(self, verification=verification)
         write_text_atomically(Path(self.out) / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_card(merge_card(result.to_dict(), command), Path(self.out))
         return result
 
 
@@ -97,6 +100,7 @@ def merge_checkpoint(
     base_precision: Literal["original", "dequantised"] = "original",
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    command: str = "",
 ) -> MergeResult:
     """Merges adapters into a base model, both on disk, and writes a model that needs neither.
 
@@ -115,6 +119,7 @@ def merge_checkpoint(
             "dequantised": the base is a bitsandbytes checkpoint, and what it stands for is merged into.
         overwrite: replace a folder that is not empty.
         progress: called with the number of tensors done and of all.
+        command: what was typed, for the model card.
 
     Raises:
         InputError: wrong or unreadable input, a tensor of an adapter that has no place in the base, a lack of disk
@@ -166,6 +171,7 @@ def merge_checkpoint(
             peak_memory_bytes=peak_memory(),
         )
         write_text_atomically(temporary / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_card(merge_card(result.to_dict(), command), temporary)
     return result
 
 

@@ -1,6 +1,7 @@
 """`loraloom merge ADAPTER [ADAPTER ...] --base MODEL --out DIR`"""
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.filesize import decimal
 
-from loraloom.cli.options import Output, parse
+from loraloom.cli.options import Saving, parse, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ QUIET_SECONDS = 2.0  # a merge that is done sooner shows no bar
 
 
 @dataclass
-class Merge(Output):
+class Merge(Saving):
     """Merge adapters into a base model on disk, tensor by tensor, and write a model that needs neither.
 
     Takes PEFT's LoRA and loraloom's adapters with any of their parts. The folder appears when it is complete.
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         from loraloom.checkpoint.merge import merge_checkpoint
         from loraloom.checkpoint.verify import check_verifiable, verify_merge
     weights = command.weights or None
+    typed = shlex.join(["loraloom", "merge", *arguments])
     if command.verify:
         check_verifiable(command.adapters, weights, command.base)
     with _bar(console) as progress:
@@ -67,12 +69,18 @@ def main(arguments: Sequence[str]) -> None:
             base_precision=command.base_precision,
             overwrite=command.overwrite,
             progress=progress,
+            command=typed,
         )
     if command.verify:
         with console.status(f"Verifying on {command.verify} prompts"):
             verification = verify_merge(result.out, command.base, command.adapters, command.verify, weights)
-        result = result.verified(verification)
+        result = result.verified(verification, typed)
     _show(result, console)
+    if command.report is not None:
+        from loraloom.report.builders.adapter import merge_report
+
+        save_report(merge_report(result.to_dict(), typed), command.report, console)
+    command.publish(result.out, console)
     if command.json:
         print(json.dumps(result.to_dict()))
 

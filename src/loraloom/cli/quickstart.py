@@ -77,7 +77,8 @@ def main(arguments: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    result = train(config, console=console)
+    typed = shlex.join(["loraloom", "quickstart", *arguments])
+    result = train(config, console=console, command=typed)
     show(result, console)
     with console.status("Reloading the adapter in a fresh process"):
         numbers["fine_tuned"] = result.after["accuracy"]
@@ -91,7 +92,6 @@ def main(arguments: Sequence[str]) -> None:
     from loraloom.report.builders import report_of_run
 
     compared = {"majority class": numbers["majority"], "linear probe": numbers["probe"]}
-    typed = shlex.join(["loraloom", "quickstart", *arguments])
     folder = Path(config.output.dir)
     save_report(report_of_run(folder, typed, compared), folder / "report", console)
     if command.json:
