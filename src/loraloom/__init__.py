@@ -16,6 +16,8 @@ _EXPORTS = {
     "LoomModel": "loraloom.tuner",
     "compose": "loraloom.composition",
     "merge_checkpoint": "loraloom.checkpoint.merge",
+    "find_intruders": "loraloom.spectral.models",
+    "reduce_intruders": "loraloom.spectral.models",
 }
 __all__ = [*_EXPORTS]
 

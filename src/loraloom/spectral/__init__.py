@@ -1,1 +1,1 @@
-"""Spectra of low-rank updates and of the weights that they change."""
+"""Spectra of low-rank updates and of the weights that they change: intruder dimensions (arXiv 2410.21228)."""
