@@ -55,10 +55,10 @@ class Retention:
     def __init__(
         self, trainer: Trainer, config: RunConfig, tokenizer: PreTrainedTokenizerBase, retained: RunData
     ) -> None:
-        self.trainer = trainer
+        self.trainer: Any = trainer  # its model, and the rows that it prepared, of two trainers
         self.probe = None
         if config.model.task == "text-classification":
-            self.probe = FrozenProbe(trainer.model, tokenizer, retained, config.data.max_length)
+            self.probe = FrozenProbe(self.trainer.model, tokenizer, retained, config.data.max_length)
         self.before = self.measure()
 
     def measure(self) -> dict[str, float]:
