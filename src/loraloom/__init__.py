@@ -15,6 +15,7 @@ _EXPORTS = {
     "LoomConfig": "loraloom.tuner",
     "LoomModel": "loraloom.tuner",
     "compose": "loraloom.composition",
+    "merge_checkpoint": "loraloom.checkpoint.merge",
     "find_intruders": "loraloom.spectral.models",
     "reduce_intruders": "loraloom.spectral.models",
 }

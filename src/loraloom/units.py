@@ -6,6 +6,6 @@ def readable_bytes(count: float | None) -> str:
     if count is None:
         return "unknown"
     for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
-        if count >= size:
+        if count >= 0.95 * size:  # 0.98 GiB reads better than 1001.4 MiB
             return f"{count / size:.{digits}f} {unit}"
     return f"{count:.0f} B"

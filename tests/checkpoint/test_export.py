@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from loraloom import LoomConfig
+from loraloom import LoomConfig, compose
 from loraloom.checkpoint.adapter import open_adapter
 from loraloom.checkpoint.export import export_adapter
 from loraloom.checkpoint.export_plan import best_approximation
@@ -23,6 +23,7 @@ from loraloom.functional import delta_weight
 TARGETS = ["q_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 9}}
+COMPOSITION = "a composition of the first two, with learned weights"
 # Kind -> its configuration; all of these are a product B A and are exported exactly, to every target.
 EXACT = {
     "lora": peft.LoraConfig(**LORA),
@@ -35,6 +36,7 @@ EXACT = {
     ),
     "pissa": LoomConfig(**LORA, init_lora_weights="pissa"),
     "olora with gates": LoomConfig(**LORA, init_lora_weights="olora", use_gate=True),
+    "composition": COMPOSITION,
 }
 # Kept by PEFT alone.
 PEFT_ONLY = {
@@ -89,6 +91,17 @@ def trained(pico_llama_dir, config):
     return model.eval()
 
 
+def composed(pico_llama_dir, folder):
+    """A composition of "lora" and "lora with patterns", its weights unequal and different in every layer."""
+    base = AutoModelForCausalLM.from_pretrained(pico_llama_dir)
+    model = compose(base, {"squad": folder / "0", "fever": folder / "1"}, weights="learned", adapter_name="default")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "loom_logits" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def exports(pico_llama_dir, tmp_path_factory):
     """Kind -> (logits of the original, {target: folder of the export}, logits by folder from stock PEFT)."""
@@ -96,7 +109,7 @@ def exports(pico_llama_dir, tmp_path_factory):
     wanted, folders = {}, {}
     for number, (kind, config) in enumerate((EXACT | PEFT_ONLY).items()):
         torch.manual_seed(number)
-        model = trained(pico_llama_dir, config)
+        model = composed(pico_llama_dir, folder) if config is COMPOSITION else trained(pico_llama_dir, config)
         model.save_pretrained(folder / str(number), save_embedding_layers=False)
         with torch.no_grad():
             wanted[kind] = model(IDS).logits
@@ -156,8 +169,8 @@ def test_dead_layers_are_left_out(exports):
 
 def test_vllm_gets_a_rank_that_it_is_configured_for(exports):
     folders = exports[1]
-    ranks = {kind: open_adapter(folders[kind, "vllm"]).config["r"] for kind in ("lora", "pissa")}
-    assert ranks == {"lora": 8, "pissa": 8}  # 4, and 4 + 4 of the anchor
+    ranks = {kind: open_adapter(folders[kind, "vllm"]).config["r"] for kind in ("lora", "pissa", "composition")}
+    assert ranks == {"lora": 8, "pissa": 8, "composition": 8}  # 4, 4 + 4 of the anchor, 4 + 4 and 4 + 2 of two members
     assert open_adapter(folders["pissa", "portable"]).config["r"] == 8
     assert open_adapter(folders["lora with patterns", "portable"]).config["r"] == 4
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loraloom import LoomConfig
+from loraloom import LoomConfig, compose
 from loraloom.checkpoint.inspect import inspect_adapter
 from loraloom.errors import InputError
 
@@ -90,6 +90,26 @@ def test_the_method_is_named_after_its_parts(pico_llama_dir, tmp_path, lora):
     config = LoomConfig(r=4, target_modules=TARGETS, use_mixer="orthogonal", use_gate=True, use_rslora=True)
     saved(pico_llama_dir, tmp_path / "all", config)
     assert inspect_adapter(tmp_path / "all").method == "MoSLoRA + WeightLoRA + rsLoRA's scale"
+
+
+def test_a_composition(pico_llama_dir, tmp_path):
+    for seed, name in enumerate(("squad", "fever")):
+        torch.manual_seed(seed)
+        saved(pico_llama_dir, tmp_path / name, peft.LoraConfig(r=seed + 2, target_modules=TARGETS))
+    base = AutoModelForCausalLM.from_pretrained(pico_llama_dir)
+    model = compose(base, {name: tmp_path / name for name in ("squad", "fever")}, weights={"squad": 2.0, "fever": -1.0})
+    model.save_pretrained(tmp_path / "both")
+    with pytest.raises(InputError, match=r"both has no adapter_config\.json; its subfolder composition has"):
+        inspect_adapter(tmp_path / "both")
+    inspection = inspect_adapter(tmp_path / "both" / "composition", pico_llama_dir)
+    assert inspection.method == "WLoRA"
+    assert not inspection.findings
+    alone = {name: inspect_adapter(tmp_path / name).layers for name in ("squad", "fever")}
+    layers = zip(inspection.layers, alone["squad"], alone["fever"], strict=True)
+    for both, squad, fever in layers:
+        assert both.module == squad.module == fever.module
+        assert abs(2 * squad.norm - fever.norm) <= both.norm <= 2 * squad.norm + fever.norm
+        assert both.rank == 5
 
 
 def test_an_untrained_adapter_does_nothing(pico_llama_dir, tmp_path):

@@ -47,6 +47,13 @@ def test_a_tensor_is_a_copy_of_its_own(tmp_path):
     assert torch.equal(checkpoint.tensor("x"), torch.zeros(3))
 
 
+def test_rows_are_read_alone(sharded):
+    folder, state = sharded
+    checkpoint = open_checkpoint(folder)
+    for key in checkpoint:
+        assert torch.equal(checkpoint.rows(key, 3, 9), state[key][3:9])
+
+
 def test_a_file_that_was_cut_off(sharded):
     folder, _ = sharded
     shard = sorted(folder.glob("*.safetensors"))[0]

@@ -49,6 +49,9 @@ def test_an_adapter_is_written_and_loads(adapter, pico_llama_dir, tmp_path, caps
     assert f"Written to {tmp_path / 'new'}" in out
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_llama_dir), str(tmp_path / "new"))
     assert model.peft_config["default"].r == 4
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "--scale 0 --rank keep" in card
+    assert "in 4 of 4 modules" in card
     assert main(arguments) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--quiet"]) == 0
@@ -106,6 +109,7 @@ def test_a_sweep_of_a_run_evaluates_it(pico_bert_dir, tmp_path, capsys):
         (["missing"], "missing"),
         (["ADAPTER", "--base", "BASE", "--sweep", "0.5;0.7"], "--sweep 0.5;0.7: expected numbers"),
         (["ADAPTER", "--base", "BASE", "--sweep", "0.5", "--out", "x"], "choose one"),
+        (["ADAPTER", "--push", "me/it"], "--push uploads what --out writes"),
         (["ADAPTER", "--base", "BASE", "--epsilon", "2"], "epsilon=2.0 must lie in (0, 1)"),
         (["ADAPTER", "--base", "ADAPTER"], "no weight of"),
         (["ADAPTER", "--scal", "1"], "unknown option '--scal'; did you mean '--scale'?"),

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from loraloom.cli import quickstart
 from loraloom.cli.main import main
 from loraloom.report import load_report
-from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection
+from loraloom.training.config import DataSection, ModelSection, OutputSection
 from loraloom.training.evaluate import evaluate_saved
 from loraloom.training.loading import dump_config, load_config
 
@@ -26,8 +26,8 @@ def small(pico_bert_dir, tmp_path, monkeypatch):
         own,
         model=ModelSection(name=str(pico_bert_dir)),
         data=DataSection(path=str(path), test_path=str(path)),
-        method=MethodSection(name="moslora", r=4),
-        training={**own.training, "num_train_epochs": 2, "use_cpu": True},
+        method=dataclasses.replace(own.method, r=4),
+        training={**own.training, "num_train_epochs": 4, "use_cpu": True},
         output=OutputSection(dir=str(tmp_path / "run")),
     )
     monkeypatch.setattr(quickstart, "quickstart_config", lambda folder: config)
@@ -43,7 +43,12 @@ def test_numbers_and_next_steps(small, capsys):
     assert numbers["majority"] == 0.5
     assert 0 <= numbers["probe"] <= 1
     assert numbers["reloaded"] == numbers["fine_tuned"] == evaluate_saved(small)["accuracy"]
-    for part in ("linear probe, frozen encoder", "adapter_model.safetensors", f"loraloom evaluate {small}"):
+    for part in (
+        "adapters kept: rank and gate",
+        "linear probe, frozen encoder",
+        "adapter_model.safetensors",
+        f"loraloom evaluate {small}",
+    ):
         assert part in err
     assert (small / "adapter_model.safetensors").is_file()
     page = small / "report" / "report.html"

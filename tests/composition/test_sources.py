@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, save_as_lora
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from loraloom import LoomConfig, compose
 from loraloom.errors import InputError
 from tests.composition.support import LINEARS, base, ids, lora
+from tests.tuner.support import assert_near
 
 
 def refuse(message, where, net=None, **options):
@@ -58,6 +59,15 @@ def test_missing_and_broken_files(tmp_path, members):
 )
 def test_what_is_no_sum_of_low_rank_updates(tmp_path, config, message):
     refuse(message, saved(tmp_path, config))
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter to LoRA that is already a LoRA")
+def test_the_way_out_for_dora_works(tmp_path):
+    config = LoraConfig(target_modules=LINEARS[:2], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(base(), config).eval()
+    save_as_lora(tmp_path, model, rank=18)  # full
+    with torch.no_grad():
+        assert_near(compose(base(), {"was dora": tmp_path}, "uniform").eval()(ids()), model(ids()), factor=10)
 
 
 def test_other_base_models(members):

@@ -14,6 +14,8 @@ import torch
 
 from loraloom.checkpoint.adapter import StoredAdapter, open_adapter
 from loraloom.checkpoint.base import BaseWeights, weight_update
+from loraloom.checkpoint.card import write_card
+from loraloom.checkpoint.cards import export_card, serving_rows
 from loraloom.checkpoint.export_plan import TARGETS, ExportPlan, Watch
 from loraloom.checkpoint.findings import config_findings, name_findings
 from loraloom.checkpoint.serving import features, serving_data
@@ -81,6 +83,7 @@ def export_adapter(
     overwrite: bool = False,
     dtype: str = "float32",
     watch: Watch = lambda modules, _: modules,
+    command: str = "",
 ) -> ExportReport:
     """Writes an adapter as a plain LoRA, reads it back, and compares every module's update with the original.
 
@@ -94,6 +97,7 @@ def export_adapter(
         overwrite: replace `out`.
         dtype: of the written factors. float32 keeps what folding the scale computes; 16 bits round it once more.
         watch: wraps the module names, with a word for what is done, while they are gone through.
+        command: what was typed, for the model card.
 
     Raises:
         InputError: the target cannot hold the adapter, or only with a larger error than allowed, or a file is broken.
@@ -117,7 +121,7 @@ def export_adapter(
                 f"{report.worst.error:.1%}, {report.worst.module}), more than {ALLOWED_LOSS:.0%}: give a larger "
                 "--rank, or --allow-lossy, or use loraloom merge, which is exact"
             )
-        # A model card goes here: the report is complete, and the folder not yet at its place.
+        write_card(export_card(report, adapter, serving_rows(folder, out), command), folder)
     return report
 
 

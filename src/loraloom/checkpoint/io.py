@@ -17,7 +17,7 @@ from loraloom.errors import InputError, did_you_mean
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = (INDEX, "model.safetensors", "adapter_model.safetensors")
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -76,7 +76,7 @@ class Checkpoint:
 
     def dtype(self, key: str) -> torch.dtype:
         """The tensor's dtype, from the header."""
-        return _DTYPES[self._entry(key)["dtype"]]
+        return DTYPES[self._entry(key)["dtype"]]
 
     def nbytes(self, key: str) -> int:
         """The tensor's size on disk, in bytes."""
@@ -101,6 +101,10 @@ class Checkpoint:
                 file = self.file_of(key)
                 handle = _open(file)
             yield key, handle.get_tensor(key).clone()  # type: ignore[union-attr]  # a view would keep the file mapped
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor of at least one dimension, along the first, a copy; only they are read."""
+        return _open(self.file_of(key)).get_slice(key)[start:stop].clone()
 
     def metadata(self, file: Path) -> dict[str, str]:
         """The metadata in the header of one of the files."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from loraloom.cli.options import Reporting
+from loraloom.cli.options import Saving
 from loraloom.cli.train import run_verb
 from loraloom.training.config import (
     COMPOSITION,
@@ -19,7 +19,7 @@ from loraloom.training.config import (
 
 
 @dataclass
-class Compose(Reporting):
+class Compose(Saving):
     """Make one adapter of trained ones: learn how much of each a few examples of a new task need.
 
     The adapters stay as they are. The result is saved as a composition, and as an ordinary LoRA in portable/.

@@ -1,6 +1,7 @@
 """`loraloom export ADAPTER --to TARGET --out DIR`"""
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.progress import track
 
-from loraloom.cli.options import Output, parse
+from loraloom.cli.options import Saving, parse, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Export(Output):
+class Export(Saving):
     """Write an adapter as a plain LoRA: scales, mixers, gates and compositions folded in. Builds no model.
 
     What was written is read back and compared, module by module. The folder appears when all of it is right.
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     def watch(modules: Sequence[str], what: str) -> Iterable[str]:
         return track(modules, what, console=console, transient=True, disable=not console.is_terminal)
 
+    typed = shlex.join(["loraloom", "export", *arguments])
     report = export_adapter(
         command.adapter,
         command.to,
@@ -62,8 +64,14 @@ def main(arguments: Sequence[str]) -> None:
         overwrite=command.overwrite,
         dtype=command.dtype,
         watch=watch,
+        command=typed,
     )
     console.print(summary(report), soft_wrap=True, highlight=False)
+    if command.report is not None:
+        from loraloom.report.builders.adapter import export_report
+
+        save_report(export_report(report.to_dict(), typed), command.report, console)
+    command.publish(report.path, console)
     if command.json:
         print(json.dumps(report.to_dict()))
 

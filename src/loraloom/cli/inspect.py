@@ -1,6 +1,7 @@
 """`loraloom inspect ADAPTER`"""
 
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from loraloom.cli.options import Output, parse
+from loraloom.cli.options import Reporting, parse, save_report
 from loraloom.errors import InputError, RunFailedError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _EFFECTS = {"ok": "green", "wrong": "bold red", "rejected": "red", "varies": "ye
 
 
 @dataclass
-class Inspect(Output):
+class Inspect(Reporting):
     """Say what is in an adapter, what is wrong with it, and which server takes it. Builds no model.
 
     Exit code 1: it does nothing, its tensors do not resolve, or something else is wrong enough to stop.
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str]) -> None:
 
     inspection = inspect_adapter(command.adapter, command.base, watch)
     show(inspection, console, command.layers)
+    if command.report is not None:
+        from loraloom.report.builders.adapter import inspection_report
+
+        typed = shlex.join(["loraloom", "inspect", *arguments])
+        save_report(inspection_report(inspection.to_dict(), typed), command.report, console)
     if command.json:
         print(json.dumps(inspection.to_dict()))
     if inspection.errors:

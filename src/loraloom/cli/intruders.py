@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from loraloom.cli.options import Reporting, parse, quiet_libraries, save_report
+from loraloom.cli.options import Saving, parse, quiet_libraries, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Intruders(Reporting):
+class Intruders(Saving):
     """Find an adapter's intruder dimensions, the directions that its base does not have, and scale them down.
 
     Reads the files module by module and builds no model. The adapter is never changed: --out writes another one.
@@ -56,6 +56,9 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("intruders needs the folder of an adapter")
     if command.out is not None and command.sweep is not None:
         raise InputError("--out writes one scale, --sweep compares several: choose one of them")
+    if command.push is not None and command.out is None:
+        raise InputError("--push uploads what --out writes: give both")
+    typed = shlex.join(["loraloom", "intruders", *arguments])
     scales = None if command.sweep is None else _scales(command.sweep)
     console = command.console()
     try:
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
             swept = _sweep(command, scales, console)
             found, result = swept.intruders, swept.to_dict()
         else:
-            found = _find(command, console)
+            found = _find(command, typed, console)
             result = found.to_dict()
     except ValueError as error:  # of an option, from the library
         raise InputError(str(error)) from error
@@ -84,13 +87,14 @@ def main(arguments: Sequence[str]) -> None:
         from loraloom.report.builders import intruder_report
 
         points: list[Mapping[str, Any]] = result.get("points", [])
-        typed = shlex.join(["loraloom", "intruders", *arguments])
         save_report(intruder_report(found.to_dict(), typed, sweep=points), command.report, console)
+    if command.out is not None:
+        command.publish(command.out, console)
     if command.json:
         print(json.dumps(result))
 
 
-def _find(command: Intruders, console: Console) -> "IntruderReport":
+def _find(command: Intruders, typed: str, console: Console) -> "IntruderReport":
     with console.status("Loading PyTorch"):
         from loraloom.spectral.stored import find_stored_intruders, reduce_stored_intruders
     assert command.adapter is not None
@@ -105,6 +109,7 @@ def _find(command: Intruders, console: Console) -> "IntruderReport":
         command.scope,
         command.rank,
         overwrite=command.overwrite,
+        command=typed,
         **options,
     )
 

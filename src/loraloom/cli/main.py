@@ -14,12 +14,13 @@ from loraloom.errors import InputError, RunFailedError, RunInterruptedError, did
 VERBS = {
     "quickstart": "fine-tune a real model on real text in a few minutes, without the hub",
     "train": "fine-tune a model as RUN.yaml says",
-    "compare": "train several methods side by side, with several seeds and learning rates",
     "compose": "make one adapter of trained ones, with weights learned from a few examples",
+    "compare": "train several methods side by side, with several seeds and learning rates",
     "evaluate": "load a finished run from its folder and evaluate it again",
-    "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
     "intruders": "find the directions that forget, and write an adapter with less of them",
+    "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
+    "merge": "merge adapters into a base model on disk, in little memory, and verify the result",
 }
 HELP = f"""usage: loraloom VERB [options]
 

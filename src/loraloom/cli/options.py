@@ -44,6 +44,30 @@ class Reporting(Output):
     """Folder for report.json, the page report.html, and PNGs of its figures."""
 
 
+@dataclass
+class Saving(Reporting):
+    """What verbs that write a folder have besides."""
+
+    push: str | None = None
+    """Repository on the Hugging Face hub to upload the result to; made if it is not there."""
+    private: bool = False
+    """Make that repository private."""
+
+    def publish(self, folder: str | Path, console: Console) -> None:
+        """Upload what was written, if that was asked for.
+
+        Raises:
+            RunFailedError: the hub cannot be reached, or refuses; the folder is whole.
+        """
+        if self.push is None or not first_process():
+            return
+        from loraloom.checkpoint.push import push_folder
+
+        with console.status(f"Uploading to {self.push}"):
+            address = push_folder(Path(folder), self.push, self.private)
+        console.print(f"Pushed: {address}", highlight=False, soft_wrap=True)
+
+
 def save_report(report: "Report", directory: str | Path, console: Console) -> None:
     """Write the report into the folder, and say where its page is, or how to install what would draw it."""
     from loraloom.report import write_report
@@ -65,7 +89,8 @@ def parse(verb: str, command: type, arguments: Sequence[str]) -> Any:
     known = ["--help", "-h", *(f"--{f.name}" for f in fields(command))]
     for word in arguments:  # tyro's own message takes ten lines
         option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("-") and option not in [name.replace("_", "-") for name in known]:
+        number = option[1:2].isdigit()
+        if option.startswith("-") and not number and option not in [name.replace("_", "-") for name in known]:
             raise InputError(f"unknown option {word!r}{did_you_mean(word, known)} See loraloom {verb} --help")
     return tyro.cli(
         command,

@@ -29,8 +29,9 @@ FOLDER = "quickstart-run"
 class Quickstart(Output):
     """Fine-tune a 22M-parameter encoder to tell which package of Python's standard library a docstring is from.
 
-    Needs no hub and about three minutes on two cores. Prints the majority baseline, a linear probe on the frozen
-    encoder, and the fine-tuned model, then reloads the adapter in a fresh process and evaluates it again.
+    Needs no hub and about three minutes on two cores. WeightLoRA finds the half of the adapters that matter and drops
+    the rest. Prints the majority baseline, a linear probe on the frozen encoder, the fine-tuned model and the adapters
+    that were kept, then reloads the adapter in a fresh process and evaluates it again.
     """
 
     folder: str = FOLDER
@@ -38,11 +39,11 @@ class Quickstart(Output):
 
 
 def quickstart_config(folder: str) -> RunConfig:
-    """MoSLoRA on every linear layer of MiniLM; the rate is high because the adapters and the head are small."""
+    """WeightLoRA on MiniLM: half of the adapters stay; the rate is high because the adapters and the head are small."""
     return RunConfig(
         model=ModelSection(name="builtin:minilm", task="text-classification"),
         data=DataSection(path="stdlib-docstrings", max_length=64),
-        method=MethodSection(name="moslora", r=16, lora_alpha=32),
+        method=MethodSection(name="weightlora", keep=0.5, r=16, lora_alpha=32),
         training={
             **TRAINING_DEFAULTS,
             "num_train_epochs": 3,
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    result = train(config, console=console)
+    typed = shlex.join(["loraloom", "quickstart", *arguments])
+    result = train(config, console=console, command=typed)
     show(result, console)
     with console.status("Reloading the adapter in a fresh process"):
         numbers["fine_tuned"] = result.after["accuracy"]
@@ -91,7 +93,6 @@ def main(arguments: Sequence[str]) -> None:
     from loraloom.report.builders import report_of_run
 
     compared = {"majority class": numbers["majority"], "linear probe": numbers["probe"]}
-    typed = shlex.join(["loraloom", "quickstart", *arguments])
     folder = Path(config.output.dir)
     save_report(report_of_run(folder, typed, compared), folder / "report", console)
     if command.json:
@@ -156,7 +157,7 @@ def show_end(numbers: dict[str, float], folder: str, console: Console) -> None:
         f"(metrics.json) and the full configuration (resolved.yaml). {numbers['seconds']:.0f} s in all.\n\n"
         f"Next:\n"
         f"  loraloom evaluate {folder}\n"
-        f"  loraloom train {folder}/resolved.yaml --method.name weightlora --output.dir weightlora-run\n"
+        f"  loraloom train {folder}/resolved.yaml --method.name weightlora+ --output.dir wider-run\n"
         f"  loraloom train {folder}/resolved.yaml --data.path your.jsonl --output.dir your-run",
         highlight=False,
         soft_wrap=True,

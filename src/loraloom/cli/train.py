@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 from rich.console import Console
 
-from loraloom.cli.options import Reporting, first_process, parse, quiet_libraries, save_report
+from loraloom.cli.options import Saving, first_process, parse, quiet_libraries, save_report
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.training.config import (
     DataSection,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Train(Reporting):
+class Train(Saving):
     """Fine-tune a model as RUN.yaml says.
 
     Every key of its sections can also be given as --section.key value, which wins over the file; --training.KEY takes
@@ -71,10 +71,11 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
     if method and config.method.name != method:
         raise InputError(f"{verb} needs method.name {method!r}, not {config.method.name!r}: remove it, or use train")
     console = command.console()
+    typed = shlex.join(["loraloom", verb, *arguments])
     with console.status("Loading PyTorch and transformers"):
         from loraloom.training.run import train
     try:
-        result = train(config, resume=command.resume, console=console)
+        result = train(config, resume=command.resume, console=console, command=typed)
     except RunInterruptedError as error:
         again = shlex.join(["loraloom", verb, *(word for word in arguments if word != "--resume"), "--resume"])
         raise RunInterruptedError(f"{error}; go on with: {again}") from None
@@ -82,8 +83,8 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
     if command.report is not None and first_process():
         from loraloom.report.builders import report_of_run
 
-        typed = shlex.join(["loraloom", verb, *arguments])
         save_report(report_of_run(Path(config.output.dir), typed), command.report, console)
+    command.publish(config.output.dir, console)
     if command.json:
         print(json.dumps(dataclasses.asdict(result)))
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -95,7 +95,7 @@ def compose(
     else:
         model = get_peft_model(model, config, adapter_name)
     for module in composition.ranks:
-        _fill(base.get_submodule(module), adapter_name, module, list(sources.values()), fixed)
+        _fill(cast(LoomLayer, base.get_submodule(module)), adapter_name, module, list(sources.values()), fixed)
     return model
 
 

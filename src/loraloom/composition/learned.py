@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from loraloom.errors import InputError, did_you_mean
@@ -89,8 +90,9 @@ def composed_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
     Raises:
         InputError: there is none.
     """
-    found, others = False, set()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = False
+    others: set[str] = set()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     for module, layer in base.named_modules():
         if isinstance(layer, LoomLayer):
             others |= layer.compositions.keys()

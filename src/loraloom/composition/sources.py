@@ -81,7 +81,7 @@ def open_source(model: nn.Module, name: str, where: str | Path) -> Source:
     if dora := next((module for module in source.modules if source.magnitude(module) is not None), None):
         raise InputError(
             f"member {name!r} is a DoRA adapter ({dora} has a magnitude), whose update is no product B A: turn it into "
-            "a LoRA first, peft.save_as_lora(model, folder, rank=...), and compose that"
+            "a LoRA first, peft.save_as_lora(folder, model, rank=...), and compose that"
         )
     return source
 

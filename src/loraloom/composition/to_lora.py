@@ -205,4 +205,4 @@ def _save(model: PeftModel, folder: Path, adapter_name: str, layers: dict, facto
     save_file(
         {k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))

@@ -137,8 +137,9 @@ def _moments(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> int | No
         factored = prod(p.shape[:-2]) * sum(p.shape[-2:]) if p.ndim > 1 else p.numel()
         return factored * p.element_size() + _STEP
     if kind.__module__.startswith("bitsandbytes") and kind.__name__.endswith("AdamW8bit"):
-        in_32_bits = any(getattr(module, name) is p for module, name, _ in optimizer.mng.module_weight_config_triple)
-        if in_32_bits or p.numel() < optimizer.args.min_8bit_size:
+        theirs: Any = optimizer
+        in_32_bits = any(getattr(module, name) is p for module, name, _ in theirs.mng.module_weight_config_triple)
+        if in_32_bits or p.numel() < theirs.args.min_8bit_size:
             return 8 * p.numel()
         return 2 * p.numel() + 2 * 4 * -(-p.numel() // 256)  # and a float32 maximum per block of 256
     return None

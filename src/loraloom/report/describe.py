@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from loraloom.report.model import Bars, Cell, Figure, Heatmap, Lines, Table
-from loraloom.report.scale import column, number
+from loraloom.report.scale import amounts, column, number
 
 
 def describe(figure: Figure) -> str:
@@ -50,7 +50,7 @@ def figure_table(figure: Figure) -> Table:
         return Table([figure.row_label, *figure.columns], named, figure.unit)
     if isinstance(figure, Bars):
         columns = ["", figure.value_label, *(["±"] if figure.errors else [])]
-        cells = [figure.labels, [number(value, figure.unit) for value in figure.values]]
+        cells = [figure.labels, amounts(figure.values, figure.unit)]
         cells += [[number(error, figure.unit, digits=2) for error in figure.errors]] if figure.errors else []
         return Table(columns, [list(row) for row in zip(*cells, strict=True)])
     return Table(["", figure.x_label, figure.y_label], [[p.label, p.x, p.y] for p in figure.points])

@@ -130,7 +130,7 @@ def _bars(figure: Bars, axes: Axes) -> None:
         end = value + ((figure.errors[i] or 0) if figure.errors else 0)
         axes.annotate(f"  {text}", (max(end, 0) if figure.from_zero else end, i), **spot)
     axes.set_yticks(places, figure.labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(figure.labels) - 0.4, -0.6)
     axes.margins(x=0.18)
     axes.set(xlabel=figure.value_label)
     if figure.from_zero:

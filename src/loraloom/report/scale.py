@@ -37,6 +37,14 @@ def column(values: Sequence[float | None], digits: int = 4) -> list[str]:
     return [number(value) if not value else fixed(value, needed) for value in values]
 
 
+def amounts(values: Sequence[float | None], unit: str) -> list[str]:
+    """`column` with a unit behind each; bytes are written each in its own multiple."""
+    if unit == "bytes":
+        return [number(value, unit) for value in values]
+    space = "" if unit in ("", "%") else " "
+    return [text if text == MISSING else f"{text}{space}{unit}" for text in column(values)]
+
+
 def decimals(values: Sequence[float], digits: int) -> int:
     """Decimals with which the largest of the values has `digits` significant digits."""
     largest = max((abs(value) for value in values), default=0.0)

@@ -12,6 +12,7 @@ from loraloom.report.model import Bars, Figure, Heatmap, Lines, Scatter
 from loraloom.report.scale import (
     COLOUR_STEPS,
     Axis,
+    amounts,
     cell_decimals,
     colour_range,
     colour_step,
@@ -119,12 +120,13 @@ def draw_bars(figure: Bars) -> ET.Element:
     reach = [end for span in spans for end in span] + ([0.0] if figure.from_zero else [])
     axis = Axis(min(reach), max(reach), []) if figure.from_zero and min(reach) < max(reach) else linear_axis(reach)
     svg = _svg(row * len(figure.labels), "bars", bottom=0 if figure.from_zero else 26)
+    texts = amounts(figure.values, figure.unit)
     for i, (label, value, error) in enumerate(zip(figure.labels, figure.values, errors, strict=True)):
         top, middle = i * row + 19, i * row + 19 + thick / 2
         _add(svg, "text", x="0", y=top - 6).text = _cut(label, 30)
         spread = f" ± {number(error, figure.unit, digits=2)}" if error is not None else ""
         text = _add(svg, "text", x="100%", y=top - 6, **{"text-anchor": "end", "class": "strong"})
-        text.text = number(value, figure.unit) + spread if value is not None else "no result"
+        text.text = texts[i] + spread if value is not None else "no result"
         _add(svg, "rect", x="0", y=top, width="100%", height=thick, **{"class": "track"})
         if value is None:
             continue

@@ -2,20 +2,17 @@
 
 import dataclasses
 import json
-import platform
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from loraloom import __version__
 from loraloom.files import write_text_atomically
 from loraloom.report.model import Report
 from loraloom.report.schema import to_dict
+from loraloom.versions import installed_versions
 
 JSON, PAGE = "report.json", "report.html"
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "safetensors")
 INSTALL = "pip install 'loraloom[report]'"
 
 
@@ -67,17 +64,6 @@ def write_report(report: Report, directory: str | Path) -> Written:
     except ModuleNotFoundError as error:
         missing.append(_missing("the pictures for model cards", error))
     return Written(data, page, pictures, "; ".join(missing))
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of loraloom, Python, and of the packages that decide the numbers, as far as they are installed."""
-    found = {"loraloom": __version__, "Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def slug(title: str) -> str:

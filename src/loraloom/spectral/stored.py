@@ -17,6 +17,8 @@ from torch import Tensor
 
 from loraloom.checkpoint.adapter import CONFIG, WEIGHTS, StoredAdapter, open_adapter
 from loraloom.checkpoint.base import BaseWeights
+from loraloom.checkpoint.card import write_card
+from loraloom.checkpoint.cards import intruders_card, serving_rows
 from loraloom.errors import InputError
 from loraloom.files import folder_atomically
 from loraloom.functional import Term
@@ -94,6 +96,7 @@ def reduce_stored_intruders(
     top_k: int = 10,
     epsilon: float = 0.5,
     overwrite: bool = False,
+    command: str = "",
     watch: Watch = iter,
 ) -> IntruderReport:
     """Writes a copy of an adapter in files in which intruder dimensions are scaled down.
@@ -106,6 +109,7 @@ def reduce_stored_intruders(
         out: the new folder; it appears when everything is written.
         scale, scope, rank: see :func:`loraloom.spectral.models.reduce_intruders`.
         overwrite: replace ``out``, if it is not the adapter's own folder.
+        command: what was typed, for the model card.
 
     Returns:
         The report of :func:`find_stored_intruders`, with the truncation error of each module.
@@ -132,7 +136,9 @@ def reduce_stored_intruders(
         config = _resized(adapter.config, layers, ranks)
         save_file({key: tensors[key] for key in adapter.checkpoint}, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return IntruderReport(str(adapter.path), top_k, epsilon, found, scale, scope, rank, errors)
+        report = IntruderReport(str(adapter.path), top_k, epsilon, found, scale, scope, rank, errors)
+        write_card(intruders_card(report, str(out), adapter, serving_rows(folder, out), command), folder)
+    return report
 
 
 def sweep_stored(

@@ -4,6 +4,7 @@ text-classification gets `text` (str) and `label` (id); causal-lm gets `messages
 `text`, which TRL's SFTTrainer reads. What does not fit is an InputError that names the columns found.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,15 @@ def load_data(section: DataSection, task: Task) -> RunData:
 def row_hash(row: dict[str, Any]) -> int:
     """A number that depends on the row's content alone."""
     return text_hash(row["text"] if "text" in row else json.dumps(row, sort_keys=True, default=str))
+
+
+def data_sha256(data: RunData) -> str:
+    """A hash of every row that is trained or tested on, in order, and of the labels' names."""
+    digest = hashlib.sha256(json.dumps(data.label_names).encode())
+    for rows in (data.train, data.test):
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _read(section: DataSection) -> tuple[Dataset, Dataset | None]:

@@ -55,10 +55,11 @@ class Retention:
     def __init__(
         self, trainer: Trainer, config: RunConfig, tokenizer: PreTrainedTokenizerBase, retained: RunData
     ) -> None:
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.probe = None
         if config.model.task == "text-classification":
-            self.probe = FrozenProbe(trainer.model, tokenizer, retained, config.data.max_length)
+            model: Any = trainer.model
+            self.probe = FrozenProbe(model, tokenizer, retained, config.data.max_length)
         self.before = self.measure()
 
     def measure(self) -> dict[str, float]:

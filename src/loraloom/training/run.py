@@ -25,14 +25,16 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
+from loraloom.checkpoint.card import write_card
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.files import write_text_atomically
 from loraloom.optim import GaLore, adamw_memory, expected_memory, format_galore, format_param_groups
 from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
+from loraloom.training.card import run_card
 from loraloom.training.composition import PORTABLE, Composed, finish_composition
 from loraloom.training.config import COMPOSITION, METHODS_WITH_SELECTION, METRICS, RunConfig
-from loraloom.training.data import RunData, load_data
+from loraloom.training.data import RunData, data_sha256, load_data
 from loraloom.training.display import TrainingDisplay, memory_table
 from loraloom.training.loading import dump_config, load_config, unknown_key
 from loraloom.training.metrics import classification_metrics, peak_memory_bytes
@@ -75,18 +77,19 @@ class RunResult:
     """weightlora: rank and last gate of every adapter that was kept, null for one that was dropped, by module."""
 
 
-def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
+def train(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> RunResult:
     """Train as `config` says, save into `config.output.dir`, and measure before and after.
 
-    The folder gets the adapter and tokenizer, resolved.yaml, trainer_state.json with everything that was logged,
-    metrics.json (last, so it marks a finished run), checkpoints/ and, from weightlora, selection.json with the gates
-    over time. The first Ctrl-C ends the current step and saves a checkpoint. A resumed run gives bit for bit what the
-    uninterrupted one gives.
+    The folder gets the adapter and tokenizer, a model card, resolved.yaml, trainer_state.json with everything that was
+    logged, metrics.json (last, so it marks a finished run), checkpoints/ and, from weightlora, selection.json with the
+    gates over time. The first Ctrl-C ends the current step and saves a checkpoint. A resumed run gives bit for bit what
+    the uninterrupted one gives.
 
     Args:
         config: the run, from `load_config` or built in Python.
         resume: go on from the last checkpoint in the folder.
         console: where to show progress; default is none.
+        command: what was typed, for the model card.
 
     Raises:
         InputError: something in the configuration, the data or the folder is wrong.
@@ -169,6 +172,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         if selection is not None:
             selection.selection.save(output)
         state.save_to_json(str(output / STATE))
+        write_card(run_card(config, result, data_sha256(data), command), output)
         write_text_atomically(output / RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
 

@@ -65,6 +65,41 @@ def inspection_report(inspection: Mapping[str, Any], command: str) -> Report:
     )
 
 
+def export_report(export: Mapping[str, Any], command: str) -> Report:
+    """What `loraloom export` wrote, and how exact it is.
+
+    Args:
+        export: a dict with `path`, `target`, `rank`, `dtype`, `error` (||dW - dW'|| / ||dW|| over all modules),
+            `lossy`, `modules` (each a dict with `module`, `rank`, `exported_rank` and `error`) and `dropped` (names).
+        command: what was typed.
+    """
+    modules = export["modules"]
+    exactness = "an approximation" if export["lossy"] else "exact up to rounding"
+    sections = [
+        Section(
+            "Error",
+            "Frobenius norm of what the export changes of each update, over that of the update.",
+            by_layer({one["module"]: finite(one["error"]) for one in modules}, "relative error", low=0.0),
+        )
+    ]
+    if export["dropped"]:
+        rows: list[list[Cell]] = [[name] for name in export["dropped"]]
+        sections.append(Section("Left out", "Their update is zero.", table=Table(["module"], rows)))
+    return Report(
+        title="Exported adapter",
+        command=command,
+        lead=f"A plain LoRA for {export['target']}: {exactness}, read back and compared.",
+        summary=[
+            Fact("error", number(export["error"]), "of the update"),
+            Fact("modules", f"{len(modules):,}"),
+            Fact("rank", _span(sorted({one["exported_rank"] for one in modules}))),
+            Fact("dtype", export["dtype"]),
+            Fact("folder", str(export["path"])),
+        ],
+        sections=sections,
+    )
+
+
 def merge_report(merge: Mapping[str, Any], command: str) -> Report:
     """What `loraloom merge` wrote, and how far it is from the model with its adapter.
 

