@@ -42,8 +42,11 @@ class IntruderReport:
         }
 
     def table(self) -> Table:
-        """One row per layer, for a rich console."""
-        headings = ("module", "shape", "intruders", "lowest cosine", "effective rank", "dW / W")
+        """One row per layer, for a rich console: its intruders and the lowest of their cosines, and the update's size.
+
+        Narrow, because names of modules are long.
+        """
+        headings = ("module", "intruders", "cosine", "eff. rank", "dW / W")
         table = Table(*headings, box=None, pad_edge=False, header_style="bold")
         table.columns[0].overflow = "fold"
         if self.errors:
@@ -53,10 +56,9 @@ class IntruderReport:
             norm = "" if layer.relative_norm is None else f"{layer.relative_norm:.4f}"
             row = [
                 layer.name,
-                "x".join(map(str, layer.shape)),
                 f"{len(layer.intruders)} of {len(layer.cosines)}",
                 smallest,
-                f"{layer.effective_rank:.1f} of {layer.rank}",
+                f"{layer.effective_rank:.1f}/{layer.rank}",
                 norm,
             ]
             table.add_row(*row, *([f"{self.errors[layer.name]:.2g}"] if self.errors else []))
