@@ -95,10 +95,13 @@ class SweepReport:
         """One row per scale, for a rich console."""
         names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
         headings = (name.replace("_", " ") for name in names)
-        table = Table("scale", *headings, "error", box=None, pad_edge=False, header_style="bold")
+        table = Table("scale", *headings, box=None, pad_edge=False, header_style="bold")
+        lossy = any(point.error for point in self.points)
+        if lossy:
+            table.add_column("error")
         for point in self.points:
             values = (_number(point.metrics[name]) if name in point.metrics else "" for name in names)
-            table.add_row(f"{point.scale:g}", *values, f"{point.error:.2g}")
+            table.add_row(f"{point.scale:g}", *values, *([f"{point.error:.2g}"] if lossy else []))
         return table
 
 
