@@ -1,4 +1,4 @@
-"""What the model cards of exported and of merged weights say."""
+"""What the model cards of exported, merged and mitigated weights say."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ from loraloom.versions import installed_versions
 
 if TYPE_CHECKING:
     from loraloom.checkpoint.export import ExportReport
+    from loraloom.spectral.report import IntruderReport
 
 
 def serving_rows(folder: Path, name: str | Path | None = None) -> list[list[str]]:
@@ -47,6 +48,32 @@ def export_card(report: "ExportReport", source: StoredAdapter, serving: list[lis
             "largest relative error of a module": f"{report.worst.error:.1e}",
             "modules": f"{len(report.modules)}"
             + (f", and {len(report.dropped)} left out because their update is zero" if report.dropped else ""),
+            "source, sha256": source.sha256,
+        },
+        serving=serving,
+        versions=installed_versions(),
+    )
+
+
+def intruders_card(
+    report: "IntruderReport", out: str, source: StoredAdapter, serving: list[list[str]], command: str
+) -> Card:
+    """Of an adapter in which `intruders` scaled intruder dimensions down."""
+    which = "the first intruder dimension of each module" if report.scope == "top" else "every intruder dimension"
+    modules = sum(bool(layer.intruders) for layer in report.layers)
+    needs = "" if source.kind == "LORA" else "import loraloom  # registers the type\n"
+    return Card(
+        title=f"{source.path.name} with milder intruder dimensions",
+        summary=f"The adapter `{source.path.name}`, with {which} (arXiv 2410.21228) scaled by {report.scale:g}.",
+        base_model=source.config.get("base_model_name_or_path"),
+        tags=["lora"],
+        usage=f'{needs}from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{out}")',
+        command=command,
+        facts={
+            "intruder dimensions found": f"{report.count}, in {modules} of {len(report.layers)} modules",
+            "looked at": f"the first {report.top_k} singular directions of each module, epsilon {report.epsilon:g}",
+            "rank": str(report.rank),
+            "largest relative error of a module by its rank": f"{max(report.errors.values()):.1e}",
             "source, sha256": source.sha256,
         },
         serving=serving,

@@ -1,17 +1,14 @@
 """A second adapter made like a first one, with nothing of it initialised and nothing else of the model touched."""
 
 import copy
-import math
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from loraloom.spectral.adapters import AdaptedLayer, adapted_layers
-
-# LoRA initialisations of PEFT that change the base weight by an amount that depends on the rank.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+from loraloom.spectral.adapters import adapted_layers
+from loraloom.spectral.copies import CHANGES_BASE, patterns
 
 
 def add_copy(model: PeftModel, adapter: str, new_adapter: str, ranks: dict[str, int]) -> None:
@@ -21,17 +18,15 @@ def add_copy(model: PeftModel, adapter: str, new_adapter: str, ranks: dict[str, 
     config = copy.deepcopy(old)
     lora = old.peft_type == "LORA"
     if any(ranks[name] != layer.rank for name, layer in layers.items()):
-        if str(old.init_lora_weights).lower().startswith(_CHANGES_BASE) and lora:
+        if str(old.init_lora_weights).lower().startswith(CHANGES_BASE) and lora:
             raise ValueError(
                 f"init_lora_weights={old.init_lora_weights!r} has changed the base weights by an amount that goes with "
                 "the rank, so that a copy of another rank could not be loaded again: use rank='keep'."
             )
         if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("pissa", "olora"):
             config.init_lora_weights = True
-        # Longest first: a pattern also matches names that end in it.
-        names = sorted(layers, key=len, reverse=True)
-        config.rank_pattern = {name: ranks[name] for name in names}
-        config.alpha_pattern = {name: _alpha(layers[name], ranks[name], old) for name in names}
+        for key, pattern in patterns([*layers.values()], ranks, old.use_rslora).items():
+            setattr(config, key, pattern)
     wanted = {"init_lora_weights": config.init_lora_weights, "modules_to_save": copy.copy(config.modules_to_save)}
     if lora:
         config.init_lora_weights = False  # PEFT's initialisation could change the base weights
@@ -48,12 +43,6 @@ def add_copy(model: PeftModel, adapter: str, new_adapter: str, ranks: dict[str, 
             other.bias = bias
     for name, value in wanted.items():
         setattr(config, name, value)
-
-
-def _alpha(layer: AdaptedLayer, rank: int, config: Any) -> float:
-    """The lora_alpha that gives the layer's scale at another rank."""
-    alpha = layer.layer.scaling[layer.adapter] * (math.sqrt(rank) if config.use_rslora else rank)
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def copy_auxiliaries(model: PeftModel, adapter: str, new_adapter: str) -> None:

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from loraloom.functional import fold
 from loraloom.spectral.adapter_copy import add_copy, copy_auxiliaries
-from loraloom.spectral.adapters import AdaptedLayer, Parts, adapted_layers
+from loraloom.spectral.adapters import LayerOfModel, adapted_layers
 from loraloom.spectral.basis import BasisCache
+from loraloom.spectral.copies import Parts, mitigated_copy
 from loraloom.spectral.intruders import LayerIntruders, analyse_matrix
-from loraloom.spectral.matrix import row_norms
-from loraloom.spectral.mitigation import Rank, Scope, check_options, correction, reduced
+from loraloom.spectral.mitigation import Rank, Scope, check_options
 from loraloom.spectral.report import IntruderReport, SweepPoint, SweepReport
 
 
@@ -51,14 +50,14 @@ def find_intruders(
     return IntruderReport(adapter, top_k, epsilon, layers)
 
 
-def _shown(layers: list[AdaptedLayer]) -> Iterable[AdaptedLayer]:
+def _shown(layers: list[LayerOfModel]) -> Iterable[LayerOfModel]:
     console = Console(stderr=True)
     return track(layers, "Looking for intruders", console=console, transient=True, disable=not console.is_terminal)
 
 
 @torch.no_grad()
 def _analyse(
-    layer: AdaptedLayer, top_k: int, epsilon: float, bases: BasisCache | None, device: str | torch.device | None
+    layer: LayerOfModel, top_k: int, epsilon: float, bases: BasisCache | None, device: str | torch.device | None
 ) -> LayerIntruders:
     W, magnitude = layer.weight(), layer.magnitude()
     W = W if device is None else W.to(device)
@@ -216,31 +215,9 @@ def _copies(
     """By layer: the parts of the mitigated copy, its rank, and the error."""
     by_name = {layer.name: layer for layer in found.layers}
     return {
-        layer.name: _copied(layer, by_name[layer.name], scale, scope, rank)
+        layer.name: mitigated_copy(layer, by_name[layer.name], scale, scope, rank)
         for layer in adapted_layers(model, found.adapter)
     }
-
-
-def _copied(
-    layer: AdaptedLayer, found: LayerIntruders, scale: float, scope: Scope, rank: Rank
-) -> tuple[Parts, int, float]:
-    term, *anchors = layer.terms()
-    device = term.A.device
-    extra_A, extra_B = (x.to(device) for x in correction(found, scale, scope))
-    if not len(extra_A) and rank in ("exact", "keep", layer.rank):
-        return layer.copied(), layer.rank, 0.0
-    magnitude = layer.magnitude()
-    A, B = fold([term])
-    new_A, new_B, error = reduced(A, B, extra_A, extra_B, rank, min(found.shape))
-    if found.row_scale is not None and magnitude is not None:
-        A_all, B_all = fold(anchors) if anchors else (A[:0], B[:, :0])
-        whole = torch.cat([new_A, A_all.to(new_A)]), torch.cat([new_B, B_all.to(new_B)], 1)
-        magnitude = found.row_scale.to(device) * row_norms(layer.weight().float(), *whole)
-    total = layer.rank + len(extra_A)
-    if rank == "exact" and len(new_A) == total and (parts := layer.appended(extra_A, extra_B, magnitude)) is not None:
-        return parts, total, error
-    new_rank = rank if isinstance(rank, int) else max(len(new_A), layer.rank if anchors else 0)
-    return layer.rewritten(new_A, new_B, magnitude, new_rank), new_rank, error
 
 
 def _store(model: PeftModel, adapter: str, new_adapter: str, copies: dict[str, tuple[Parts, int, float]]) -> None:
@@ -249,7 +226,7 @@ def _store(model: PeftModel, adapter: str, new_adapter: str, copies: dict[str, t
     copy_auxiliaries(model, adapter, new_adapter)
 
 
-def _dense(layer: AdaptedLayer) -> nn.Linear:
+def _dense(layer: LayerOfModel) -> nn.Linear:
     base, weight = layer.layer.get_base_layer(), layer.adapted_weight().to(layer.weight().dtype)
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None)

@@ -42,8 +42,13 @@ class IntruderReport:
         }
 
     def table(self) -> Table:
-        """One row per layer, for a rich console."""
-        table = Table("layer", "shape", "intruders", "smallest cosine", "effective rank", "||dW|| / ||W||")
+        """One row per layer, for a rich console: its intruders and the lowest of their cosines, and the update's size.
+
+        Narrow, because names of modules are long.
+        """
+        headings = ("module", "intruders", "cosine", "eff. rank", "dW / W")
+        table = Table(*headings, box=None, pad_edge=False, header_style="bold")
+        table.columns[0].overflow = "fold"
         if self.errors:
             table.add_column("error")
         for layer in self.layers:
@@ -51,10 +56,9 @@ class IntruderReport:
             norm = "" if layer.relative_norm is None else f"{layer.relative_norm:.4f}"
             row = [
                 layer.name,
-                "x".join(map(str, layer.shape)),
                 f"{len(layer.intruders)} of {len(layer.cosines)}",
                 smallest,
-                f"{layer.effective_rank:.1f} of {layer.rank}",
+                f"{layer.effective_rank:.1f}/{layer.rank}",
                 norm,
             ]
             table.add_row(*row, *([f"{self.errors[layer.name]:.2g}"] if self.errors else []))
@@ -90,8 +94,13 @@ class SweepReport:
     def table(self) -> Table:
         """One row per scale, for a rich console."""
         names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
-        table = Table("scale", *names, "error")
+        headings = (name.replace("_", " ") for name in names)
+        table = Table("scale", *headings, "error", box=None, pad_edge=False, header_style="bold")
         for point in self.points:
-            values = (f"{point.metrics[name]:.4f}" if name in point.metrics else "" for name in names)
+            values = (_number(point.metrics[name]) if name in point.metrics else "" for name in names)
             table.add_row(f"{point.scale:g}", *values, f"{point.error:.2g}")
         return table
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
