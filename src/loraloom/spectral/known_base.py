@@ -34,7 +34,7 @@ class Known(NamedTuple):
 
 
 def applicable(matrix: AdaptedMatrix, base: LeftBasis, k: int) -> bool:
-    """Whether :func:`top_of_update` can be used: no rows are rescaled, and the search starts from a part of W's rank."""
+    """Whether :func:`top_of_update` can be used: no rows are rescaled, and r and k are small beside W's rank."""
     return matrix.c is None and len(base.S) > 4 * (k + len(matrix.A))
 
 
@@ -70,7 +70,7 @@ def top_of_update(matrix: AdaptedMatrix, base: LeftBasis, k: int) -> Known:
 
 
 def _outside(left: Tensor, rows: Tensor, inside: Tensor) -> Tensor:
-    """An orthonormal basis (q, out) of what rows (r, out) have outside of left (out, p), given ``inside = rows left``."""
+    """An orthonormal basis (q, out) of what rows (r, out) have outside left (out, p), given ``inside = rows left``."""
     if left.shape[0] == left.shape[1]:
         return rows[:0]
     rest = rows - inside @ left.T

@@ -17,7 +17,8 @@ from loraloom.spectral.matrix import AdaptedMatrix
 
 OVERSAMPLING = 6  # columns of a block beyond the k wanted
 FLOOR = 16  # how far a residual can fall, in units of rounding of the largest singular value
-_CHECK_EVERY = 3  # passes
+_CHECK_EVERY = 5  # passes: the SVD of T costs as much as some of them
+_REPEATS = 5  # of an orthogonalisation; one is the rule
 
 
 class Triplets(NamedTuple):
@@ -92,10 +93,16 @@ def extend(Y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal Q, R and a with ``Y = basis a + Q R`` and Q orthogonal to the basis, also where Y adds nothing."""
     along = basis.T @ Y
     Q, R = torch.linalg.qr(Y - basis @ along)
-    # What QR has scaled up from rounding need not be orthogonal to the basis yet.
-    again = basis.T @ Q
-    Q, R2 = torch.linalg.qr(Q - basis @ again)
-    return Q, R2 @ R, along + again @ R
+    for _ in range(_REPEATS):
+        # What QR has scaled up from rounding need not be orthogonal to the basis yet, nor after a second time where
+        # nearly all of it was in the basis.
+        again = basis.T @ Q
+        along = along + again @ R
+        Q, change = torch.linalg.qr(Q - basis @ again)
+        R = change @ R
+        if bool((torch.linalg.vector_norm(again, dim=0) < 0.5).all()):
+            break
+    return Q, R, along
 
 
 def gaps(S: Tensor, k: int) -> Tensor:
