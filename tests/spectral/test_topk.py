@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.spectral.matrix import AdaptedMatrix, TiledMatrix
-from loraloom.spectral.topk import top_singular
+from loraloom.spectral.topk import extend, top_singular
 from tests.spectral.support import SHAPES, adapted, base, update
 
 
@@ -84,3 +84,27 @@ def test_a_zero_matrix_has_zero_singular_values():
     top = top_singular(AdaptedMatrix(torch.zeros(30, 20), torch.zeros(2, 20), torch.zeros(30, 2)), 3)
     assert not top.S.any()
     assert top.U.isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_passes_beyond_the_rank_add_nothing(rank, dtype):
+    W = base(300, 320)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    W = U[:, :rank] * S[:rank] @ Vh[:rank]
+    A, B = update(base(300, 320), r=4)
+    true = torch.linalg.svdvals(adapted(W, A, B))[:10]
+    # Passes are taken until residuals have met rounding, by then in a space with directions that W' does not reach.
+    top = top_singular(AdaptedMatrix(W.to(dtype), A.to(dtype), B.to(dtype)), 10, tolerance=0.0, dtype=dtype)
+    torch.testing.assert_close(top.S.double(), true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(top.U.T @ top.U, torch.eye(10, dtype=dtype), rtol=0, atol=1e-5)
+
+
+def test_a_block_that_adds_nothing_is_extended_by_orthogonal_columns():
+    basis = torch.linalg.qr(torch.randn(200, 60)).Q
+    Y = basis @ torch.randn(60, 8)
+    Q, R, along = extend(Y, basis)
+    torch.testing.assert_close(basis.T @ Q, torch.zeros(60, 8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(basis @ along + Q @ R, Y, rtol=0, atol=1e-5)
+    assert extend(torch.zeros(200, 8), basis)[1].abs().max() == 0

@@ -83,9 +83,9 @@ def ctrl_c(monkeypatch):
     def at(step):
         build = run.build_trainer
 
-        def with_interrupt(config, model, tokenizer, data, callbacks):
+        def with_interrupt(config, model, tokenizer, data, callbacks, retained=None):
             monkeypatch.setattr(run, "build_trainer", build)
-            return build(config, model, tokenizer, data, [*callbacks, StopAt(step)])
+            return build(config, model, tokenizer, data, [*callbacks, StopAt(step)], retained)
 
         monkeypatch.setattr(run, "build_trainer", with_interrupt)
 

@@ -71,7 +71,8 @@ def test_a_healthy_short_run_raises_nothing(classification):
 def test_display_has_a_row_per_epoch(classification):
     console = Console(record=True, width=120, force_terminal=False)
     result = run.train(classification, console=console)
-    table = [line for line in console.export_text().splitlines() if line.startswith("│")]
+    lines = console.export_text().splitlines()
+    table = [line for line in lines[next(i for i, line in enumerate(lines) if "macro f1" in line) :] if "│" in line]
     assert [line.split()[1] for line in table] == ["0.00", "1.00", "2.00"]
     assert f"{result.after['accuracy']:.4f}" in table[-1]
 

@@ -18,7 +18,7 @@ VERBS = {
     "compare": "train several methods side by side, with several seeds and learning rates",
     "evaluate": "load a finished run from its folder and evaluate it again",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
-    "intruders": "find the directions that forget, and write an adapter with less of them",
+    "intruders": "find the directions of an adapter that are new to its base, and scale them down",
     "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
     "merge": "merge adapters into a base model on disk, in little memory, and verify the result",
 }

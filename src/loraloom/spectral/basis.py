@@ -1,4 +1,4 @@
-"""The left singular vectors of a base weight, from the Gram matrix of its shorter side, with a cache.
+"""Left singular vectors and singular values of a base weight, from the Gram matrix of its shorter side, with a cache.
 
     out <= in:   W W^T = U diag(s^2) U^T                  out > in:   W^T W = V diag(s^2) V^T,   U = W V / s
 
@@ -8,6 +8,7 @@ counts as zero (``RELATIVE_ZERO``) are left out: W does not determine them.
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,8 +17,17 @@ from torch import Tensor
 from loraloom.spectral.matrix import RELATIVE_ZERO, Weight, tiles
 
 
-def left_basis(W: Weight) -> Tensor:
-    """Left singular vectors of W (out, in), as columns (out, p) in float32 by descending value; p is the rank."""
+class LeftBasis(NamedTuple):
+    """W without its right singular vectors; p is its rank."""
+
+    U: Tensor
+    """(out, p) in float32, orthonormal columns."""
+    S: Tensor
+    """(p,) in float64, descending."""
+
+
+def left_basis(W: Weight) -> LeftBasis:
+    """The left singular vectors and the singular values of W (out, in)."""
     out, width = W.shape
     wide = out <= width
     gram = torch.zeros(min(out, width), min(out, width), dtype=torch.float64, device=W.device)
@@ -29,11 +39,10 @@ def left_basis(W: Weight) -> Tensor:
             gram.addmm_(tile.T, tile)
     squares, vectors = torch.linalg.eigh(gram)
     kept = squares > squares[-1] * RELATIVE_ZERO**2
-    vectors = vectors[:, kept].flip(1)
+    vectors, values = vectors[:, kept].flip(1), squares[kept].flip(0).sqrt()
     if not wide:
-        scaled = vectors / squares[kept].flip(0).sqrt()
-        vectors = torch.cat([tile @ scaled for _, tile in tiles(W, torch.float64)])
-    return vectors.float()
+        vectors = torch.cat([tile @ (vectors / values) for _, tile in tiles(W, torch.float64)])
+    return LeftBasis(vectors.float().contiguous(), values)
 
 
 class BasisCache:
@@ -49,21 +58,22 @@ class BasisCache:
 
     def __init__(self, cache_dir: str | Path | None = None) -> None:
         self.folder = None if cache_dir is None else Path(cache_dir)
-        self._bases: dict[str, Tensor] = {}
+        self._bases: dict[str, LeftBasis] = {}
 
-    def __call__(self, W: Weight) -> Tensor:
+    def __call__(self, W: Weight) -> LeftBasis:
         """The left basis of W, see :func:`left_basis`; computed the first time."""
         key = fingerprint(W)
         if key not in self._bases:
             file = None if self.folder is None else self.folder / f"{key}.safetensors"
             if file is not None and file.exists():
-                self._bases[key] = load_file(file)["left"].to(W.device)
+                stored = load_file(file)
+                self._bases[key] = LeftBasis(stored["U"].to(W.device), stored["S"].to(W.device))
             else:
                 self._bases[key] = left_basis(W)
                 if file is not None:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     aside = file.with_suffix(".part")
-                    save_file({"left": self._bases[key].contiguous()}, aside)
+                    save_file(self._bases[key]._asdict(), aside)
                     aside.replace(file)
         return self._bases[key]
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.spectral.basis import left_basis
+from loraloom.spectral.basis import LeftBasis, left_basis
 from loraloom.spectral.factored import effective_rank, factored_svd, stable_rank
+from loraloom.spectral.known_base import applicable, top_of_update
 from loraloom.spectral.matrix import RELATIVE_ZERO, AdaptedMatrix, Weight, row_norms, squared_norms, tiles
 from loraloom.spectral.measure import decide
 from loraloom.spectral.topk import Triplets, top_singular
@@ -79,7 +80,7 @@ def analyse_matrix(
     A: Tensor,
     B: Tensor,
     magnitude: Tensor | None = None,
-    base_left: Tensor | None = None,
+    base_left: LeftBasis | None = None,
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
@@ -87,16 +88,17 @@ def analyse_matrix(
 ) -> LayerIntruders:
     """The intruders among the top_k singular directions of ``W' = W + B A``, or of DoRA's ``m (W + B A) / rownorm``.
 
-    W' is never formed. With ``base_left`` the cosines are computed; without, intruders of matrices with more than 256
-    rows and columns are decided by :func:`loraloom.spectral.measure.decide`, and W is decomposed only where that leaves
-    something open. Verdicts are those of a full SVD, except that they may differ where a cosine is within 1e-3 of
+    W' is never formed. With ``base_left`` the cosines are computed, and ``W + B A`` takes few products with W, see
+    :mod:`loraloom.spectral.known_base`. Without it, intruders of matrices with more than 256 rows and columns are
+    decided by :func:`loraloom.spectral.measure.decide`, and W is decomposed only where that leaves something open.
+    Verdicts are those of a full SVD, except that they may differ where a cosine is within 1e-3 of
     epsilon, or singular values of W are within 1e-5 of each other (relative to the largest).
 
     Args:
         W: base weight (out, in): a tensor, or a ``TiledMatrix``. Read only.
         A, B: folded factors (r, in), (out, r).
         magnitude: DoRA's m (out,), or None.
-        base_left: left singular vectors of W (out, p), as :func:`loraloom.spectral.basis.left_basis` gives them.
+        base_left: of W, as :func:`loraloom.spectral.basis.left_basis` or a ``BasisCache`` gives it.
         top_k: how many directions of W' to look at (the paper's k).
         epsilon: the threshold, in (0, 1).
         name: for the report.
@@ -113,9 +115,7 @@ def analyse_matrix(
     A, B = A.to(W.device), B.to(W.device)
     c = None if magnitude is None else magnitude.to(W.device).float() / row_norms(W, A, B)
     matrix = AdaptedMatrix(W, A, B, c)
-    top = top_singular(matrix, top_k)
-    if top.error.max() > _DOUBTFUL:
-        top = top_singular(matrix, top_k, tolerance=1e-9, dtype=torch.float64)
+    top, known_cosine = _first_triplets(matrix, base_left, top_k)
     left = base_left
     if left is None and min(W.shape) > _SMALL:
         intruder, decided, cosine = decide(W, top.U.float(), epsilon, top.error.float())
@@ -124,7 +124,7 @@ def analyse_matrix(
     elif left is None:
         left = left_basis(W)
     if left is not None:
-        cosine = _largest_cosine(left, top.U)
+        cosine = _largest_cosine(left, top.U) if known_cosine is None else known_cosine
         if (cosine - epsilon).abs().min() <= _DOUBTFUL and top.U.dtype != torch.float64:
             top = top_singular(matrix, top_k, tolerance=1e-9, dtype=torch.float64)
             cosine = _largest_cosine(left, top.U)
@@ -149,10 +149,22 @@ def analyse_matrix(
     )
 
 
-def _largest_cosine(left: Tensor, U: Tensor) -> Tensor:
-    if not left.shape[1]:  # W = 0
+def _first_triplets(matrix: AdaptedMatrix, base: LeftBasis | None, k: int) -> tuple[Triplets, Tensor | None]:
+    """The k largest triplets of W', and the largest cosine of each where finding them has given that too."""
+    if base is not None and applicable(matrix, base, k):
+        known = top_of_update(matrix, base, k)
+        if known.top.error.max() <= _DOUBTFUL:
+            return known
+    top = top_singular(matrix, k)
+    if top.error.max() > _DOUBTFUL:
+        top = top_singular(matrix, k, tolerance=1e-9, dtype=torch.float64)
+    return top, None
+
+
+def _largest_cosine(left: LeftBasis, U: Tensor) -> Tensor:
+    if not len(left.S):  # W = 0
         return U.new_zeros(U.shape[1])
-    return (U.to(left.dtype).T @ left.to(U.device)).abs().amax(1).clamp_max(1)
+    return (U.to(left.U.dtype).T @ left.U.to(U.device)).abs().amax(1).clamp_max(1)
 
 
 def _relative_norm(matrix: AdaptedMatrix, S: Tensor) -> float | None:

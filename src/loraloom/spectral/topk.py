@@ -17,7 +17,8 @@ from loraloom.spectral.matrix import AdaptedMatrix
 
 OVERSAMPLING = 6  # columns of a block beyond the k wanted
 FLOOR = 16  # how far a residual can fall, in units of rounding of the largest singular value
-_CHECK_EVERY = 3  # passes
+_CHECK_EVERY = 5  # passes: the SVD of T costs as much as some of them
+_REPEATS = 5  # of an orthogonalisation; one is the rule
 
 
 class Triplets(NamedTuple):
@@ -60,41 +61,51 @@ def top_singular(
     P, Q, T = P_new, P_new.new_empty(max(matrix.shape), 0), P_new.new_empty(0, 0)
     passes = 0
     while True:
-        Q_new, R, along = _extend(forward(P_new.T.contiguous()).T, Q)
+        Q_new, R, along = extend(forward(P_new.T.contiguous()).T, Q)
         T = torch.cat([torch.cat([T, along], 1), torch.cat([R.new_zeros(len(R), T.shape[1]), R], 1)])
         Q = torch.cat([Q, Q_new], 1)
         passes += 1
         room = width - P.shape[1]
         if room:
-            P_new, C, _ = _extend(back(Q_new.T.contiguous()).T, P)
+            P_new, C, _ = extend(back(Q_new.T.contiguous()).T, P)
         if passes % _CHECK_EVERY == 0 or not room:
             X, S, Yh = torch.linalg.svd(T)
             floor = FLOOR * torch.finfo(dtype).eps * S[0]
             residual = torch.linalg.vector_norm(C @ X[-C.shape[1] :, :k], dim=0) if room else torch.zeros_like(S[:k])
-            gaps = _gaps(S, k)
-            if not room or bool((residual <= torch.maximum(tolerance * gaps, floor)).all()):
+            distance = gaps(S, k)
+            if not room or bool((residual <= torch.maximum(tolerance * distance, floor)).all()):
                 break
         P_new = P_new[:, :room]
         P = torch.cat([P, P_new], 1)
     U, V = Q @ X[:, :k], P @ Yh[:k].T
     if transposed:
         U, V = V, U
-    rounding = 8 * torch.finfo(dtype).eps * S[0]
-    error = (torch.maximum(residual, rounding) / gaps.clamp_min(torch.finfo(dtype).tiny)).clamp_max(1.0)
-    return Triplets(U, S[:k], V.T, error)
+    return Triplets(U, S[:k], V.T, relative_error(residual, distance, S[0]))
 
 
-def _extend(Y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def relative_error(residual: Tensor, distance: Tensor, largest: Tensor) -> Tensor:
+    """``Triplets.error`` (k,) from residuals (k,), :func:`gaps` (k,) and the largest singular value."""
+    rounding = 8 * torch.finfo(residual.dtype).eps * largest
+    return (torch.maximum(residual, rounding) / distance.clamp_min(torch.finfo(residual.dtype).tiny)).clamp_max(1.0)
+
+
+def extend(Y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal Q, R and a with ``Y = basis a + Q R`` and Q orthogonal to the basis, also where Y adds nothing."""
     along = basis.T @ Y
     Q, R = torch.linalg.qr(Y - basis @ along)
-    # What QR has scaled up from rounding need not be orthogonal to the basis yet.
-    again = basis.T @ Q
-    Q, R2 = torch.linalg.qr(Q - basis @ again)
-    return Q, R2 @ R, along + again @ R
+    for _ in range(_REPEATS):
+        # What QR has scaled up from rounding need not be orthogonal to the basis yet, nor after a second time where
+        # nearly all of it was in the basis.
+        again = basis.T @ Q
+        along = along + again @ R
+        Q, change = torch.linalg.qr(Q - basis @ again)
+        R = change @ R
+        if bool((torch.linalg.vector_norm(again, dim=0) < 0.5).all()):
+            break
+    return Q, R, along
 
 
-def _gaps(S: Tensor, k: int) -> Tensor:
+def gaps(S: Tensor, k: int) -> Tensor:
     """Distance of each of the first k singular values to its nearest neighbour; below the last one comes 0."""
     below = torch.cat([S, S.new_zeros(1)])[1 : k + 1]
     down = S[:k] - below
