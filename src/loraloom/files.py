@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,14 @@ def folder_atomically(path: Path, overwrite: bool = False) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
+
+
+def check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Raises InputError where the folder to write is, or holds, one that is read: overwriting would delete it."""
+    out = out.expanduser().resolve()
+    for path in inputs:
+        if out == path.resolve() or out in path.resolve().parents:
+            raise InputError(f"the output folder {out} is or holds {path}, which is read: choose another one")
 
 
 def check_new_folder(path: Path, overwrite: bool = False) -> None:

@@ -66,9 +66,12 @@ def fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
     Exact up to one rounding of each factor in at least float32.
     """
-    term = stack(terms)
-    dtype = compute_dtype(term.A, term.B)
-    A, B = term.A.to(dtype), term.B.to(dtype)
+    dtype = compute_dtype(*(factor for term in terms for factor in (term.A, term.B)))
+    # Before they are multiplied: terms may all but cancel, and rounding M A would not.
+    term = stack(
+        [t._replace(A=t.A.to(dtype), B=t.B.to(dtype), M=None if t.M is None else t.M.to(dtype)) for t in terms]
+    )
+    A, B = term.A, term.B
     if term.M is not None:
         A = term.M.to(dtype) @ A
     return A, B * scale(term)

@@ -364,3 +364,12 @@ def test_what_was_written_is_read_back(pico_llama_dir, tmp_path, monkeypatch):
     with pytest.raises(RunFailedError, match=r"q_proj: the update read back is 1\.0e-03 off"):
         export_adapter(tmp_path / "a", "portable", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("out", ["", ".."])
+def test_what_is_read_is_never_overwritten(pico_llama_dir, tmp_path, out):
+    adapter = tmp_path / "run" / "adapter"
+    save(pico_llama_dir, adapter, peft.LoraConfig(**LORA))
+    with pytest.raises(InputError, match="which is read"):
+        export_adapter(adapter, "portable", adapter / out, overwrite=True)
+    assert open_adapter(adapter).modules

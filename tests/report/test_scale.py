@@ -117,3 +117,9 @@ def test_the_ramps_also_read_in_grey(palette):
     for half in (palette.diverging[: middle + 1], palette.diverging[middle:]):
         values = [luminance(colour) for colour in half]
         assert values in (sorted(values), sorted(values, reverse=True))
+
+
+def test_values_that_differ_by_rounding_have_room_on_both_sides():
+    axis = linear_axis([0.2, 0.2 + 3e-17, 0.20000000000000004])
+    assert axis.low < 0.2 < axis.high
+    assert 0 < axis.share(0.2) < 1

@@ -166,6 +166,31 @@ def test_a_finished_run_is_not_replaced_unless_asked(classification):
     assert run.train(overwriting).steps == 2
 
 
+def test_overwriting_loses_nothing_to_a_mistake_and_leaves_nothing_stale(classification):
+    config = with_training(classification, max_steps=2)
+    run.train(config)
+    folder = Path(config.output.dir)
+    config = dataclasses.replace(config, output=dataclasses.replace(config.output, overwrite=True))
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, path="none.jsonl"))
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        run.train(wrong)
+    with pytest.raises(InputError, match="unknown key"):
+        run.train(with_training(config, learnig_rate=1.0))
+    assert (folder / run.RESULT).is_file()
+    assert (folder / run.CHECKPOINTS).is_dir()
+    result = run.train(with_method(config, "full"))  # whose folder would otherwise load the old adapter as well
+    assert not list(folder.glob("adapter_*"))
+    assert evaluate_saved(folder) == result.after
+
+
+def test_a_probe_without_a_new_head_is_an_error(classification, pico_bert_dir, tmp_path):
+    first = run.train(with_method(with_training(classification, max_steps=2), "full"))
+    model = dataclasses.replace(classification.model, name=first.output_dir)
+    again = elsewhere(dataclasses.replace(classification, model=model), tmp_path / "probe")
+    with pytest.raises(InputError, match="'probe' trains nothing"):
+        run.train(with_method(again, "probe"))
+
+
 def test_resume_refuses_what_it_cannot_continue(classification, tmp_path):
     config = with_training(classification, max_steps=2, save_steps=1, save_strategy="steps")
     with pytest.raises(InputError, match=r"--resume: no checkpoint in .*checkpoints; run without --resume"):

@@ -105,15 +105,19 @@ def test_autocast_gives_pefts_dtype_and_values(dora, dtype):
     batch=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     bias=st.booleans(),
     dora=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_any_shape_and_rank(inputs, outputs, rank, batch, bias, dora, dtype):
+def test_any_shape_and_rank(inputs, outputs, rank, batch, bias, dora):
+    """In float64, for some of these small sums cancel, and their float32 rounding has no bound relative to the result.
+
+    The tolerance is float32's, because our magnitude is stored in it.
+    """
+
     def base():
         torch.manual_seed(0)
-        return Toy(nn.Linear(inputs, outputs, bias=bias)).to(dtype)
+        return Toy(nn.Linear(inputs, outputs, bias=bias)).double()
 
     theirs, ours = pair_with_peft(base, lora_config(r=rank, use_dora=dora))
-    x = torch.randn(*batch, inputs, dtype=dtype)
+    x = torch.randn(*batch, inputs, dtype=torch.float64)
     assert_same_function_and_gradients(theirs, ours, x, torch.float32)
 
 

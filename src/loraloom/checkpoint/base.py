@@ -39,7 +39,7 @@ class BaseWeights:
         key = self.keys[module]
         assert key is not None
         shape, dtype = self.checkpoint.shape(key), self.checkpoint.dtype(key)
-        if not dtype.is_floating_point:
+        if not dtype.is_floating_point or dtype.itemsize == 1:  # float8 has scales of its own
             raise InputError(f"{module} is stored as {dtype} in the base, quantised: give the original base model")
         return stored_transposed(module, self._adapter.shape(module), shape, self._config, self._adapter.config)
 

@@ -20,7 +20,7 @@ from loraloom.checkpoint.export_plan import TARGETS, ExportPlan, Watch
 from loraloom.checkpoint.findings import config_findings, name_findings
 from loraloom.checkpoint.serving import features, serving_data
 from loraloom.errors import InputError, RunFailedError
-from loraloom.files import folder_atomically
+from loraloom.files import check_apart, folder_atomically
 from loraloom.functional import Term, fold
 from loraloom.spectral.factored import factored_svd
 
@@ -110,6 +110,7 @@ def export_adapter(
     adapter = open_adapter(path)
     weights = None if base is None else BaseWeights(base, adapter)
     _check(adapter, target, weights)
+    check_apart(Path(out), [adapter.path, *([] if weights is None else [weights.checkpoint.path])])
     with folder_atomically(Path(out), overwrite) as folder:
         plan = ExportPlan(adapter, target, weights, rank, getattr(torch, dtype))
         plan.fold(watch)

@@ -27,7 +27,7 @@ from loraloom.checkpoint.other_files import other_files, tokenizer_files
 from loraloom.checkpoint.quantised import DequantisedCheckpoint, quantisation
 from loraloom.checkpoint.stream import write_safetensors
 from loraloom.errors import InputError
-from loraloom.files import check_new_folder, folder_atomically, write_text_atomically
+from loraloom.files import check_apart, check_new_folder, folder_atomically, write_text_atomically
 
 RESULT = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,7 +131,7 @@ def merge_checkpoint(
     opened = [open_adapter(adapter) for adapter in adapters]
     factors = _weights(weights, len(opened))
     folder = locate(base, _PATTERNS)
-    _check_apart(out, [folder, *(adapter.path for adapter in opened)])
+    check_apart(out, [folder, *(adapter.path for adapter in opened)])
     check_new_folder(out, overwrite)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     weights_of_base = _open_base(folder, config, base_precision, opened)
@@ -193,12 +193,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise InputError(f"dtype {name!r}; expected one of {', '.join(DTYPES)}")
     return None if name is None else DTYPES[name]
-
-
-def _check_apart(out: Path, inputs: list[Path]) -> None:
-    for path in inputs:
-        if out == path.resolve() or out in path.resolve().parents:
-            raise InputError(f"the output folder {out} is or holds {path}, which is read: choose another one")
 
 
 def _open_base(folder: Path, config: dict[str, Any], base_precision: str, adapters: list[StoredAdapter]) -> Checkpoint:

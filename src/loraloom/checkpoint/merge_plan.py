@@ -14,6 +14,7 @@ import torch
 
 from loraloom.checkpoint.adapter import StoredAdapter, base_keys, stored_transposed
 from loraloom.checkpoint.edits import Edit, Target
+from loraloom.checkpoint.findings import config_findings, name_findings
 from loraloom.checkpoint.io import Checkpoint
 from loraloom.checkpoint.merge_config import CLASSIFIERS, Resized, merged_config
 from loraloom.checkpoint.tied import VocabularyTable, vocabulary_table
@@ -114,6 +115,8 @@ class _Edits:
                 continue
             shape, update = self.shape_of(key, own.get(key)), _update_shape(adapter, module)
             transposed = stored_transposed(module, update, shape, dict(self.config), adapter.config)
+            if key in own and own[key].module is not None:
+                raise InputError(f"{adapter.path}: {own[key].module} and {module} are both {key} of the base")
             edit(key, module=module, transposed=transposed)
             if found is not None and f"{module}.weight".endswith(f".{found}"):
                 self.prefix = f"{module}.weight".removesuffix(found)
@@ -148,8 +151,11 @@ class _Edits:
 
 
 def _check_known(adapter: StoredAdapter) -> None:
+    for finding in name_findings(adapter) + config_findings(adapter):
+        if finding.level == "error" and finding.code in ("duplicate", "parts", "rank", "shape"):
+            raise InputError(f"{adapter.path}: {finding.message} (see loraloom inspect)")
     start = adapter.config.get("init_lora_weights")
-    if adapter.kind == "LORA" and isinstance(start, str) and _MOVES_BASE.match(start):
+    if adapter.kind == "LORA" and isinstance(start, str) and _MOVES_BASE.match(start.lower()):
         raise InputError(
             f"{adapter.path} started with init_lora_weights={start!r}, which also changed the base weights: save it "
             "again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
@@ -198,7 +204,10 @@ def _share_or_untie(edits: _Edits, table: VocabularyTable, plan: Plan) -> None:
     head, embedding = table.head, edits.of.get(table.embedding, [])
     of_head = edits.of.get(head, []) if head is not None else []
     if all(edit.adapter.config.get("ensure_weight_tying") for edit in embedding + of_head) and embedding:
-        edits.of.pop(head, None)  # type: ignore[arg-type]  # the same edits, which PEFT saves twice
+        if head is not None and head in edits.base:
+            edits.of[head] = list(embedding)  # stored twice
+        else:
+            edits.of.pop(head, None)  # type: ignore[arg-type]  # the same edits, which PEFT saves twice
         return
     shared = [_shared(edit) for edit in embedding]
     alone = [edit for edit, both in zip(embedding, shared, strict=True) if edit != both]

@@ -36,12 +36,14 @@ def other_files(folder: Path, out: Path) -> dict[str, Path]:
         The path within the folder -> the file.
     """
     found = {}
-    left = [path.parent for path in folder.rglob("adapter_config.json")]
+    left = [path.parent for path in folder.rglob("adapter_config.json") if path.parent != folder]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not path.is_file() or any(part.startswith((".", "checkpoint-")) for part in name.parts):
             continue
         if out in path.resolve().parents or any(part in path.parents for part in left):
+            continue
+        if path.name == "adapter_config.json":
             continue
         # Safetensors below are of another part of a pipeline, such as sentence-transformers' dense layers.
         weights = path.suffix in _OTHER_FORMATS or (path.parent == folder and path.suffix == ".safetensors")

@@ -70,7 +70,7 @@ def features(adapter: StoredAdapter, base: BaseWeights | None = None) -> dict[st
     for key in adapter.others:
         found.setdefault(kind_of_other(adapter, key), f"holds {key.removeprefix('base_model.model.')}")
     init = config.get("init_lora_weights")
-    if adapter.kind == "LORA" and isinstance(init, str) and init.startswith(_ALTER_BASE):
+    if adapter.kind == "LORA" and isinstance(init, str) and init.lower().startswith(_ALTER_BASE):
         found["altered_base"] = f"init_lora_weights is {init!r}"
     return found
 

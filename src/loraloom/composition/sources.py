@@ -141,7 +141,7 @@ def _check_config(name: str, source: StoredAdapter) -> None:
                 "made of those only"
             )
     start = config.get("init_lora_weights")
-    if source.kind == "LORA" and isinstance(start, str) and start.startswith(_CHANGES_BASE):
+    if source.kind == "LORA" and isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise InputError(
             f"member {name!r} was started with init_lora_weights={start!r}, which changes the base weights: save it "
             "with save_pretrained(..., path_initial_model_for_weight_conversion=...) and compose that"

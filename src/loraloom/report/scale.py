@@ -94,14 +94,15 @@ def linear_axis(values: Sequence[float], *, tight: bool = False, count: int = 5)
         count: how many intervals to aim at.
     """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if low == high:
-        room = abs(low) * 0.1 or 1.0
-        low, high = low - room, high + room
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, but for rounding
+        middle = (low + high) / 2
+        room = abs(middle) * 0.1 or 1.0
+        low, high = middle - room, middle + room
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(i * step, 12) for i in range(first, last + 1)]
+    ticks = [float(f"{i * step:.12g}") for i in range(first, last + 1)]
     if tight:
         slack = (high - low) * 1e-9
         return Axis(low, high, [tick for tick in ticks if low - slack <= tick <= high + slack])

@@ -20,7 +20,7 @@ from loraloom.checkpoint.base import BaseWeights
 from loraloom.checkpoint.card import write_card
 from loraloom.checkpoint.cards import intruders_card, serving_rows
 from loraloom.errors import InputError
-from loraloom.files import folder_atomically
+from loraloom.files import check_apart, folder_atomically
 from loraloom.functional import Term
 from loraloom.spectral.copies import CHANGES_BASE, AdaptedLayer, Parts, mitigated_copy, patterns
 from loraloom.spectral.factored import factored_svd
@@ -37,6 +37,7 @@ class StoredLayer(AdaptedLayer):
     def __init__(self, adapter: StoredAdapter, base: BaseWeights, module: str) -> None:
         self.name, self._adapter, self._base = module, adapter, base
         self.rank, self.scaling = adapter.rank(module), adapter.scaling(module)
+        self.base_path = base.checkpoint.path
         stored = adapter.parts(module)
         self.keys = {_attribute(key): key for key in stored.values()}
         """The parts' names, those of the layer's attributes, to the names of their tensors."""
@@ -121,8 +122,7 @@ def reduce_stored_intruders(
     check_options(scale, scope, rank)
     adapter, layers = _open(path, base)
     _check_room(adapter)
-    if Path(out).expanduser().resolve() == adapter.path.resolve():
-        raise InputError(f"{out} is the adapter itself, which is not changed: choose another folder")
+    check_apart(Path(out), [adapter.path, *{layer.base_path for layer in layers}])
     tensors = dict(adapter.checkpoint.tensors(adapter.others))
     found: list[LayerIntruders] = []
     ranks: dict[str, int] = {}

@@ -177,7 +177,7 @@ def _with_label_ids(rows: Dataset, part: str, text: str, label: str, names: list
     texts, labels = rows[text], rows[label]
     ids = {name: i for i, name in enumerate(names)}
     if isinstance(rows.features[label], datasets.ClassLabel):
-        known: dict[Any, int] = {i: i for i in range(len(names))}
+        known: dict[Any, int] = {i: ids[name] for i, name in enumerate(rows.features[label].names) if name in ids}
     else:
         known = {value: ids[str(value)] for value in set(labels) if str(value) in ids}
     for i, (value, name) in enumerate(zip(texts, labels, strict=True)):

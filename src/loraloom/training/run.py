@@ -116,6 +116,11 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         lambda: console.print("Finishing this step and saving a checkpoint; Ctrl-C again stops at once.")
     )
     trains = count_parameters(model)[0] > 0  # else it is a composition with given weights, and only evaluated
+    if not trains and config.method.name != COMPOSITION:
+        raise InputError(
+            f"method.name {config.method.name!r} trains nothing of {config.model.name!r}, which has a trained head "
+            "already: use an adapter, or 'full'"
+        )
     adapter_trains = isinstance(model, PeftModel) and config.composition.weights == "learned"
     watched = str(model.base_model.prefix) if adapter_trains else ""
     callbacks = [SanityCallback(watched), speed, interrupt, display]
@@ -128,6 +133,9 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
         optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
         show_optimizer(model, optimizer, console)
     selection = select_in(trainer, config) if config.method.name in METHODS_WITH_SELECTION else None
+    if checkpoint is None and (output / RESOLVED).exists() and trainer.is_world_process_zero():
+        _clear(output)  # not earlier: up to here a mistake loses nothing
+    trainer.accelerator.wait_for_everyone()
     write_text_atomically(output / RESOLVED, dump_config(config))
     with display.showing(), interrupt.listening():
         before = evaluate(trainer, config)
@@ -287,7 +295,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Console) -> str | None:
-    """Make the folder, and give the checkpoint to resume from, if that is asked for.
+    """The checkpoint to resume from, if that is asked for.
 
     Raises:
         InputError: the folder holds a run and neither `resume` nor `output.overwrite` is set; or there is nothing to
@@ -311,15 +319,19 @@ def _prepare_output(config: RunConfig, output: Path, resume: bool, console: Cons
         if changed:
             console.print(f"Resuming with other training.{', training.'.join(changed)} than before.")
         return checkpoint
-    if (output / RESOLVED).exists():
-        if not config.output.overwrite:
-            raise InputError(
-                f"output.dir {str(output)!r} holds a run: give another --output.dir, --resume to go on with it, or "
-                "--output.overwrite true to replace it"
-            )
-        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        shutil.rmtree(output / PORTABLE, ignore_errors=True)
-        for name in (RESULT, STATE, FILE_NAME):
-            (output / name).unlink(missing_ok=True)
+    if (output / RESOLVED).exists() and not config.output.overwrite:
+        raise InputError(
+            f"output.dir {str(output)!r} holds a run: give another --output.dir, --resume to go on with it, or "
+            "--output.overwrite true to replace it"
+        )
     output.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run left of itself in the folder: a stale adapter would be loaded with a model."""
+    for folder in (CHECKPOINTS, PORTABLE):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    weights = [*output.glob("adapter_*"), *output.glob("model*.safetensors*"), output / "config.json"]
+    for path in (output / RESULT, output / STATE, output / FILE_NAME, *weights):
+        path.unlink(missing_ok=True)
