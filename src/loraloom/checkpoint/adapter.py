@@ -44,6 +44,8 @@ _PARTS = {
 }
 # Fields of PEFT's LoraConfig that make another function of the same tensors.
 _OTHER_FUNCTIONS = ("target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora")
+# Of PEFT's LoRA: starts that take something away from the base weight, in the model and not in the adapter.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # transformers' Conv1D stores (in, out). A square one looks like a Linear on disk, so these are known by name.
 CONV1D_MODELS = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 _CONV1D_NAMES = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
@@ -126,6 +128,13 @@ class StoredAdapter:
             logits: Any = self.part(module, "logits")
             return self._members(module).weights(logits).to(member_bias.dtype) @ member_bias
         return None if bias is None else bias * self.scaling(module)
+
+    @property
+    def changed_base(self) -> str | None:
+        """The init_lora_weights of a PEFT LoRA that changed the base weights when it started, or None."""
+        start = self.config.get("init_lora_weights")
+        changed = self.kind == "LORA" and isinstance(start, str) and start.lower().startswith(CHANGES_BASE)
+        return start if changed else None
 
     @property
     def sha256(self) -> str:

@@ -4,7 +4,6 @@ Every tensor of every adapter is given a place, or the plan is an error that lis
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from loraloom.errors import InputError
 _PREFIX = "base_model.model."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 # PEFT's ways to start that subtract the starting point from the base weight: the file alone does not say the update.
-_MOVES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 _OTHER_MODELS = ("layer_replication", "kasa_config", "monteclora_config")
 
 
@@ -154,8 +152,7 @@ def _check_known(adapter: StoredAdapter) -> None:
     for finding in name_findings(adapter) + config_findings(adapter):
         if finding.level == "error" and finding.code in ("duplicate", "parts", "rank", "shape"):
             raise InputError(f"{adapter.path}: {finding.message} (see loraloom inspect)")
-    start = adapter.config.get("init_lora_weights")
-    if adapter.kind == "LORA" and isinstance(start, str) and _MOVES_BASE.match(start.lower()):
+    if start := adapter.changed_base:
         raise InputError(
             f"{adapter.path} started with init_lora_weights={start!r}, which also changed the base weights: save it "
             "again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"

@@ -11,9 +11,6 @@ import yaml
 from loraloom.checkpoint.adapter import StoredAdapter
 from loraloom.checkpoint.base import BaseWeights, looks_like_embedding
 
-# Of PEFT's LoRA: starts that take something away from the base weight, in the model and not in the adapter.
-_ALTER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 _WAYS = {
     "export": "`export`, exact",
     "lossy": "`merge`, exact; `export --base`, with an error",
@@ -69,8 +66,7 @@ def features(adapter: StoredAdapter, base: BaseWeights | None = None) -> dict[st
             found.setdefault("embedding", f"{module} is an embedding")
     for key in adapter.others:
         found.setdefault(kind_of_other(adapter, key), f"holds {key.removeprefix('base_model.model.')}")
-    init = config.get("init_lora_weights")
-    if adapter.kind == "LORA" and isinstance(init, str) and init.lower().startswith(_ALTER_BASE):
+    if init := adapter.changed_base:
         found["altered_base"] = f"init_lora_weights is {init!r}"
     return found
 

@@ -16,8 +16,6 @@ from loraloom.functional import Term
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.registration import features_of
 
-# Starts of PEFT's LoRA that change the base weights when the adapter is made: its update is one of other weights.
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # Fields of a model's configuration that make it another model, under their various names.
 _ARCHITECTURE = (
     *("model_type", "hidden_size", "n_embd", "d_model", "dim", "num_hidden_layers", "n_layer", "n_layers"),
@@ -140,8 +138,7 @@ def _check_config(name: str, source: StoredAdapter) -> None:
                 f"member {name!r} has {key}={value!r}: more than low-rank updates was trained, and a composition is "
                 "made of those only"
             )
-    start = config.get("init_lora_weights")
-    if source.kind == "LORA" and isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if start := source.changed_base:
         raise InputError(
             f"member {name!r} was started with init_lora_weights={start!r}, which changes the base weights: save it "
             "with save_pretrained(..., path_initial_model_for_weight_conversion=...) and compose that"

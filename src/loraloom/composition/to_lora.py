@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from loraloom.errors import InputError
 from loraloom.functional import fold
+from loraloom.spectral.factored import factored_svd
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
 
@@ -55,10 +56,8 @@ def svd_of_product(A: Tensor, B: Tensor) -> LowRank:
         A: (r, in).
         B: (out, r).
     """
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return LowRank(Q_B @ U, S, Q_A @ Vh.T)
+    U, S, Vh = factored_svd(A.double(), B.double())
+    return LowRank(U, S, Vh.T)
 
 
 @torch.no_grad()

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraloom.checkpoint import adapter
 from loraloom.functional import Term, fold
 from loraloom.spectral.intruders import LayerIntruders
 from loraloom.spectral.matrix import row_norms
 from loraloom.spectral.mitigation import Rank, Scope, correction, reduced
 
 # LoRA initialisations of PEFT that change the base weight by an amount that depends on the rank.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+CHANGES_BASE = (*adapter.CHANGES_BASE, "mica")
 
 Parts = dict[str, Tensor]  # attribute of the layer -> tensor
 
