@@ -4,15 +4,27 @@ import difflib
 from collections.abc import Iterable
 
 
-class InputError(ValueError):
+class LoraloomError(Exception):
+    """An error with a code, which stays when its sentence gets better: for programs and tests to match.
+
+    Attributes:
+        code: kebab-case, one per cause: "unknown-key", "not-finite", ...
+    """
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class InputError(LoraloomError, ValueError):
     """A wrong file, key, value or column. The command line prints it as one line and exits with 2."""
 
 
-class RunFailedError(RuntimeError):
+class RunFailedError(LoraloomError, RuntimeError):
     """The input was right and the run still came to nothing. The command line prints one line and exits with 1."""
 
 
-class RunInterruptedError(RuntimeError):
+class RunInterruptedError(LoraloomError, RuntimeError):
     """The user stopped the run and a checkpoint was saved. The command line prints one line and exits with 130."""
 
 
