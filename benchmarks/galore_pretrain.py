@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraloom import LoomConfig
-from loraloom.files import write_text_atomically
+from loraloom.io.files import write_text_atomically
 from loraloom.optim import GaLore, build_param_groups, project_groups, state_bytes
 
 RANK, UPDATE_GAP, ROWS, LENGTH = 32, 50, 8, 128

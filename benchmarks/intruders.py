@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from loraloom.spectral.basis import BasisCache
-from loraloom.spectral.models import find_intruders, reduce_intruders, sweep
+from loraloom.intruders.live import find_intruders, reduce_intruders, sweep
+from loraloom.intruders.solvers.basis import BasisCache
 
 RANK, SCALE = 16, 0.75
 COLUMNS = ("peft", "cold", "cached", "basis", "scale", "cold / peft", "cached / peft")

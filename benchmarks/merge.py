@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import loraloom
-from loraloom.checkpoint.io import INDEX, open_checkpoint
-from loraloom.checkpoint.stream import write_safetensors
+from loraloom.io.checkpoint import INDEX, open_checkpoint
+from loraloom.io.stream import write_safetensors
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY, RANK, SHARDS = 2048, 5632, 22, 32, 4, 32000, 16, 4
 GOAL = 0.35  # of the model's size, above the interpreter's own
@@ -35,7 +35,7 @@ LINEAR = {
 }
 CHILD = """
 import json, sys
-from loraloom.checkpoint.merge import merge_checkpoint, peak_memory
+from loraloom.merge.merge import merge_checkpoint, peak_memory
 before = peak_memory()
 result = merge_checkpoint(sys.argv[1:2], sys.argv[2], sys.argv[3]).to_dict() if sys.argv[1:] else {}
 print(json.dumps({"imported": before, "peak": peak_memory(), **result}))

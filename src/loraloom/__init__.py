@@ -12,12 +12,12 @@ import wrapt
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "LoomConfig": "loraloom.tuner",
-    "LoomModel": "loraloom.tuner",
+    "LoomConfig": "loraloom.tuner.config",
+    "LoomModel": "loraloom.tuner.model",
     "compose": "loraloom.composition",
-    "merge_checkpoint": "loraloom.checkpoint.merge",
-    "find_intruders": "loraloom.spectral.models",
-    "reduce_intruders": "loraloom.spectral.models",
+    "merge_checkpoint": "loraloom.merge.merge",
+    "find_intruders": "loraloom.intruders.live",
+    "reduce_intruders": "loraloom.intruders.live",
 }
 __all__ = [*_EXPORTS]
 
@@ -34,4 +34,4 @@ def __dir__() -> list[str]:
 
 @wrapt.when_imported("peft")
 def _register(_peft: Any) -> None:
-    importlib.import_module("loraloom.tuner")
+    importlib.import_module("loraloom.tuner.model")

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from loraloom.cli.main import main
-from tests.checkpoint.support import trained
+from tests.adapter.support import trained
 
 
 @pytest.fixture

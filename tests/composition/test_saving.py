@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loraloom import compose
-from loraloom.checkpoint.adapter import open_adapter
-from loraloom.checkpoint.io import read_json
+from loraloom.adapter.stored import open_adapter
 from loraloom.composition import learned_weights
-from loraloom.functional import fold
+from loraloom.io.checkpoint import read_json
+from loraloom.update.terms import fold
 from tests.composition.support import LINEARS, WEIGHTS, base, ids, summed
 from tests.composition.test_compose import LOGITS, set_logits
 from tests.tuner.support import assert_near

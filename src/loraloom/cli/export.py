@@ -13,7 +13,7 @@ from loraloom.cli.options import Saving, parse, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
-    from loraloom.checkpoint.export import ExportReport
+    from loraloom.export.export import ExportReport
 
 
 @dataclass
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("export needs the folder of an adapter, and --out with the folder to write")
     console = command.console()
     with console.status("Loading PyTorch"):
-        from loraloom.checkpoint.export import export_adapter
+        from loraloom.export.export import export_adapter
 
     def watch(modules: Sequence[str], what: str) -> Iterable[str]:
         return track(modules, what, console=console, transient=True, disable=not console.is_terminal)

@@ -17,8 +17,8 @@ from loraloom.cli.options import Reporting, parse, save_report
 from loraloom.errors import InputError, RunFailedError
 
 if TYPE_CHECKING:
-    from loraloom.checkpoint.inspect import Inspection, LayerReport
-    from loraloom.checkpoint.serving import Verdict
+    from loraloom.adapter.inspect import Inspection, LayerReport
+    from loraloom.adapter.serving import Verdict
 
 _STYLES = {"error": "bold red", "warning": "yellow"}
 _EFFECTS = {"ok": "green", "wrong": "bold red", "rejected": "red", "varies": "yellow"}
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("inspect needs the folder of an adapter")
     console = command.console()
     with console.status("Loading PyTorch"):
-        from loraloom.checkpoint.inspect import inspect_adapter
+        from loraloom.adapter.inspect import inspect_adapter
 
     def watch(modules: Sequence[str]) -> Iterable[str]:
         return track(modules, "Reading", console=console, transient=True, disable=not console.is_terminal)

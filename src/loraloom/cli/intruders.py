@@ -15,8 +15,8 @@ from loraloom.cli.options import Saving, parse, quiet_libraries, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
-    from loraloom.spectral.report import IntruderReport, SweepReport
-    from loraloom.spectral.stored import StoredLayer
+    from loraloom.intruders.report import IntruderReport, SweepReport
+    from loraloom.intruders.stored import StoredLayer
 
 
 @dataclass
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _find(command: Intruders, typed: str, console: Console) -> "IntruderReport":
     with console.status("Loading PyTorch"):
-        from loraloom.spectral.stored import find_stored_intruders, reduce_stored_intruders
+        from loraloom.intruders.stored import find_stored_intruders, reduce_stored_intruders
     assert command.adapter is not None
     options: dict[str, Any] = {"top_k": command.top_k, "epsilon": command.epsilon, "watch": _Watch(console)}
     if command.out is None:
@@ -117,7 +117,7 @@ def _find(command: Intruders, typed: str, console: Console) -> "IntruderReport":
 def _sweep(command: Intruders, scales: list[float], console: Console) -> "SweepReport":
     """The amounts that the files tell and, of a run, before them what its evaluations say."""
     with console.status("Loading PyTorch"):
-        from loraloom.spectral.stored import sweep_stored
+        from loraloom.intruders.stored import sweep_stored
     assert command.adapter is not None
     options: dict[str, Any] = {"top_k": command.top_k, "epsilon": command.epsilon}
     options |= {"scope": command.scope, "rank": command.rank}

@@ -16,7 +16,7 @@ from loraloom.cli.options import Saving, parse, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
-    from loraloom.checkpoint.merge import MergeResult
+    from loraloom.merge.merge import MergeResult
 
 QUIET_SECONDS = 2.0  # a merge that is done sooner shows no bar
 
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("merge needs an adapter, --base MODEL and --out FOLDER")
     console = command.console()
     with console.status("Loading PyTorch"):
-        from loraloom.checkpoint.merge import merge_checkpoint
-        from loraloom.checkpoint.verify import check_verifiable, verify_merge
+        from loraloom.merge.merge import merge_checkpoint
+        from loraloom.merge.verify import check_verifiable, verify_merge
     weights = command.weights or None
     typed = shlex.join(["loraloom", "merge", *arguments])
     if command.verify:

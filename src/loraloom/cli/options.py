@@ -61,7 +61,7 @@ class Saving(Reporting):
         """
         if self.push is None or not first_process():
             return
-        from loraloom.checkpoint.push import push_folder
+        from loraloom.io.hub import push_folder
 
         with console.status(f"Uploading to {self.push}"):
             address = push_folder(Path(folder), self.push, self.private)

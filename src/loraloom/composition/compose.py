@@ -11,11 +11,11 @@ from torch import nn
 
 from loraloom.composition.sources import Source, layer_shapes, open_source, ranks_of
 from loraloom.errors import InputError
-from loraloom.functional import fold
-from loraloom.member_weights import Composition
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.model import LoomModel
+from loraloom.update.composition import Composition
+from loraloom.update.terms import fold
 
 
 def compose(

@@ -9,12 +9,12 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loraloom.checkpoint.adapter import StoredAdapter, open_adapter
-from loraloom.checkpoint.io import read_json
+from loraloom.adapter.stored import StoredAdapter, open_adapter
 from loraloom.errors import InputError, did_you_mean
-from loraloom.functional import Term
+from loraloom.io.checkpoint import read_json
 from loraloom.tuner.layer import LoomLayer
-from loraloom.tuner.registration import features_of
+from loraloom.tuner.peft_internals import features_of
+from loraloom.update.terms import Term
 
 # Fields of a model's configuration that make it another model, under their various names.
 _ARCHITECTURE = (

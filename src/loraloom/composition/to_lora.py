@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loraloom.errors import InputError
-from loraloom.functional import fold
-from loraloom.spectral.factored import factored_svd
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
+from loraloom.update.lowrank import factored_svd
+from loraloom.update.terms import fold
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from loraloom.optim.galore import GaLore
 from loraloom.optim.galore_groups import project_groups
 from loraloom.optim.memory import Memory, adamw_memory, expected_memory, format_galore, state_bytes
 from loraloom.optim.param_groups import build_param_groups, format_param_groups
-from loraloom.optim.projections import (
+from loraloom.optim.surgery import remove_parameters, replace_parameter
+from loraloom.optim.weight_adam import WeightAdam
+from loraloom.update.simplex import (
     Constraint,
     KSparse,
     Simplex,
@@ -14,8 +16,6 @@ from loraloom.optim.projections import (
     project_simplex,
     project_simplex_k_sparse,
 )
-from loraloom.optim.surgery import remove_parameters, replace_parameter
-from loraloom.optim.weight_adam import WeightAdam
 
 __all__ = [
     "OPTIMIZERS",

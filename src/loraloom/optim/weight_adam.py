@@ -5,7 +5,7 @@ WeightLoRA (arXiv 2506.02724) gives each adapted layer one gate w_i and minimise
     A, B:  AdamW                                       (torch's own, decoupled weight decay)
     w:     w <- P_C(w - gate_lr * dL/dw)               all gates of the model are one vector
 
-P_C is a projection of `loraloom.optim.projections`. While every B is zero, every gate's gradient is zero and a
+P_C is a projection of `loraloom.update.simplex`. While every B is zero, every gate's gradient is zero and a
 projection would choose by index alone; hence no gate moves before the first non-zero gradient.
 """
 
@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from loraloom.optim.param_groups import build_param_groups
-from loraloom.optim.projections import Constraint
+from loraloom.update.simplex import Constraint
 
 # The reference's rate for encoders (8.0 for Llama-2-7b); Adam's steps have the rate's own size.
 DEFAULT_GATE_LR = {"sgd": 5.0, "adam": 5e-2}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loraloom.files import write_text_atomically
+from loraloom.io.files import write_text_atomically
+from loraloom.provenance import installed_versions
 from loraloom.report.model import Report
 from loraloom.report.schema import to_dict
-from loraloom.versions import installed_versions
 
 JSON, PAGE = "report.json", "report.html"
 INSTALL = "pip install 'loraloom[report]'"

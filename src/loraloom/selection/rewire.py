@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraloom.optim import remove_parameters, replace_parameter
-from loraloom.tuner import LoomConfig, LoomModel
+from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.layer import LoomLayer
+from loraloom.tuner.model import LoomModel
 
 
 def adapted_layers(model: PeftModel, adapter: str) -> dict[str, LoomLayer]:

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraloom.checkpoint.adapter import CONFIG
-from loraloom.checkpoint.card import Card
-from loraloom.checkpoint.cards import serving_rows
+from loraloom.adapter.serving import serving_rows
+from loraloom.adapter.stored import CONFIG
+from loraloom.card import Card
+from loraloom.provenance import installed_versions
 from loraloom.training.config import METHODS_WITHOUT_ADAPTER, RunConfig
 from loraloom.training.loading import dump_config
 from loraloom.training.model import BUILT_IN
 from loraloom.units import readable_bytes
-from loraloom.versions import installed_versions
 
 if TYPE_CHECKING:
     from loraloom.training.run import RunResult

@@ -16,7 +16,7 @@ from loraloom.training.retention import Retention, load_retention
 from loraloom.training.run import RESOLVED, RESULT, build_trainer, evaluate
 
 if TYPE_CHECKING:
-    from loraloom.spectral.report import SweepReport
+    from loraloom.intruders.report import SweepReport
 
 
 def evaluate_saved(folder: Path) -> dict[str, float]:
@@ -37,13 +37,13 @@ def sweep_saved(folder: Path, scales: Sequence[float], **options: Any) -> "Sweep
 
     Args:
         folder: output.dir of the run.
-        scales: see :func:`loraloom.spectral.models.sweep`.
-        **options: of :func:`loraloom.spectral.models.sweep`: scope, rank, top_k, epsilon.
+        scales: see :func:`loraloom.intruders.live.sweep`.
+        **options: of :func:`loraloom.intruders.live.sweep`: scope, rank, top_k, epsilon.
 
     Raises:
         InputError: as :func:`evaluate_saved`; or the run trained no adapter.
     """
-    from loraloom.spectral.models import sweep
+    from loraloom.intruders.live import sweep
 
     config = _finished_run(folder)
     if config.method.name in METHODS_WITHOUT_ADAPTER:

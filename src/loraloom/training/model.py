@@ -27,7 +27,7 @@ from loraloom.training.config import (
     RunConfig,
     Task,
 )
-from loraloom.tuner import LoomConfig
+from loraloom.tuner.config import LoomConfig
 
 BUILT_IN = "builtin:minilm"
 TASK_TYPES: dict[Task, str] = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}

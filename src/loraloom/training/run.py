@@ -25,9 +25,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
-from loraloom.checkpoint.card import write_card
+from loraloom.card import write_card
 from loraloom.errors import InputError, RunInterruptedError
-from loraloom.files import write_text_atomically
+from loraloom.io.files import write_text_atomically
 from loraloom.optim import GaLore, adamw_memory, expected_memory, format_galore, format_param_groups
 from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback

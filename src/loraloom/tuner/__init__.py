@@ -1,9 +1,3 @@
-"""The PEFT tuner. Importing it registers the adapter type ``LOOM``."""
+"""The PEFT tuner, adapter type ``LOOM``."""
 
-from loraloom.tuner.config import LoomConfig
-from loraloom.tuner.model import LoomModel
-from loraloom.tuner.registration import register
-
-__all__ = ["LoomConfig", "LoomModel"]
-
-register(LoomConfig, LoomModel)
+import peft  # noqa: F401  (the hook in loraloom/__init__.py then imports loraloom.tuner.model, which registers the type)

@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 
 from peft import LoraConfig, PeftConfig
 
-from loraloom.member_weights import Composition
-from loraloom.tuner.registration import LOOM
+from loraloom.tuner.peft_internals import LOOM
+from loraloom.update.composition import Composition
 
 FORMAT_VERSION = 1
 MIXERS = (False, "orthogonal", "kaiming")

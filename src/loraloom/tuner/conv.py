@@ -5,9 +5,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraloom.functional import fold, rescale
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
+from loraloom.update.linear import rescale
+from loraloom.update.terms import fold
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraloom.functional import rescale, scale
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
+from loraloom.update.linear import rescale
+from loraloom.update.terms import scale
 
 
 class LoomEmbedding(LoomLayer):

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.functional import Term, adapted_row_norm, compute_dtype, delta_weight, fold, squared_row_norm
-from loraloom.member_weights import LayerComposition
-from loraloom.tuner import initialization
-from loraloom.tuner.composed import ComposedLayer, Factor
+from loraloom.tuner import init as initialization
+from loraloom.tuner.composition import ComposedLayer, Factor
 from loraloom.tuner.config import LoomConfig
+from loraloom.tuner.peft_internals import check_adapters_to_merge, gather_params_ctx
 from loraloom.tuner.quantized import restore, snapshot
-from loraloom.tuner.registration import check_adapters_to_merge, gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache
+from loraloom.update.composition import LayerComposition
+from loraloom.update.terms import Term, compute_dtype, fold
+from loraloom.update.update import adapted_row_norm, delta_weight, squared_row_norm
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraloom.functional import adapted_linear, stack
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
-from loraloom.tuner.registration import features_of
+from loraloom.tuner.peft_internals import features_of
+from loraloom.update.linear import adapted_linear
+from loraloom.update.terms import stack
 
 
 class LoomLinear(LoomLayer):

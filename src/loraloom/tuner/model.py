@@ -10,22 +10,24 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loraloom.member_weights import Tie
+from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.layer import BASE, Factor, LoomLayer
 from loraloom.tuner.linear import LoomLinear
-from loraloom.tuner.matching import check_patterns
-from loraloom.tuner.quantized import prevent_cpu_repacking
-from loraloom.tuner.registration import (
+from loraloom.tuner.peft_internals import (
     PREFIX,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     BaseTuner,
     get_pattern_key,
     get_quantization_kwargs,
+    register,
     resolve_quantization_backend,
 )
+from loraloom.tuner.quantized import prevent_cpu_repacking
+from loraloom.tuner.targets import check_patterns
+from loraloom.update.composition import Tie
 
 # Their fused kernels read these weights and never call the module, so an adapter there would have no effect.
 _MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -220,3 +222,6 @@ def _layer_class(target: nn.Module, backend: Any, key: str) -> Callable[..., Loo
 
 def _pass_adapter_names(_module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     return args, kwargs | {"adapter_names": adapter_names}
+
+
+register(LoomConfig, LoomModel)

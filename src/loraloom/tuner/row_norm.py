@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loraloom.functional import Term, adapted_row_norm, fold, squared_row_norm
+from loraloom.update.terms import Term, fold
+from loraloom.update.update import adapted_row_norm, squared_row_norm
 
 _SAMPLES = 128  # entries of the base weight that are compared besides its address and version
 

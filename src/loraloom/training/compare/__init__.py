@@ -5,7 +5,7 @@ import json
 from rich.console import Console
 
 from loraloom.errors import RunFailedError
-from loraloom.files import write_text_atomically
+from loraloom.io.files import write_text_atomically
 from loraloom.training.compare.config import LEARNING_RATE, Plan, load_plan
 from loraloom.training.compare.execution import Executor, Launch, Outcome, locked
 from loraloom.training.compare.results import Comparison, summarise

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.errors import InputError
-from loraloom.files import write_text_atomically
+from loraloom.io.files import write_text_atomically
 from loraloom.training.compare.config import LEARNING_RATE, Entry, Plan, Point, configure
 from loraloom.training.config import OutputSection, RunConfig
 from loraloom.training.loading import dump_config, load_config

@@ -1,0 +1,194 @@
+"""What is wrong with an adapter's files, before any number is computed: names, shapes, and config against tensors."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraloom.adapter.base import BaseWeights
+from loraloom.adapter.serving import features, kind_of_other
+from loraloom.adapter.stored import StoredAdapter, pattern_value
+from loraloom.errors import InputError, did_you_mean
+
+_PREFIX = "base_model.model."
+# Names that wrappers leave in a state dict when the wrapped model is saved.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "base_layer")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a user should know.
+
+    Attributes:
+        level: "error" (the adapter does not do what it says) or "warning".
+        code: a word for programs.
+        message: one line, with the fix where there is one.
+        names: the modules or tensors it is about.
+    """
+
+    level: str
+    code: str
+    message: str
+    names: list[str] = field(default_factory=list)
+
+
+def name_findings(adapter: StoredAdapter) -> list[Finding]:
+    """Tensors that PEFT would drop without a word, and two that mean the same thing."""
+    found = []
+    keys = set(adapter.checkpoint)
+    used = {key for module in adapter.modules for key in adapter.parts(module).values()}
+    factors = [key for key in adapter.others if re.search(r"lora_|loom_", key)]
+    if factors:
+        found.append(
+            _error("unknown-tensor", "are factors whose name no loader knows; save the adapter again", factors)
+        )
+    unprefixed = [key for key in adapter.checkpoint if not key.startswith(_PREFIX)]
+    if unprefixed:
+        found.append(_error("unknown-tensor", f"do not start with {_PREFIX}, so PEFT drops them silently", unprefixed))
+    wrapped = [m for m in adapter.modules if any(part in _WRAPPERS for part in m.split("."))]
+    if wrapped:
+        why = "carry the name of a wrapper, so they match no module; save the unwrapped model"
+        found.append(_error("unresolved", why, wrapped))
+    twice = sorted(keys - used - {*adapter.others})
+    if twice:
+        found.append(_error("duplicate", "say again what another tensor says; remove one of each", twice))
+    misshapen = []
+    for module in adapter.modules:
+        shapes = [adapter.checkpoint.shape(adapter.parts(module)[part]) for part in ("A", "B")]
+        if any(len(shape) < 2 or 0 in shape for shape in shapes) or shapes[0][0] != shapes[1][1]:
+            misshapen.append(f"{module} (A {_size(shapes[0])}, B {_size(shapes[1])})")
+    if misshapen:
+        found.append(_error("shape", "have factors that do not fit together; were shards gathered?", misshapen))
+    return found
+
+
+def base_findings(adapter: StoredAdapter, base: BaseWeights) -> list[Finding]:
+    """Modules that the base does not have, or has in another shape; two modules that are one."""
+    found = []
+    missing = [module for module, key in base.keys.items() if key is None]
+    if missing:
+        near = did_you_mean(f"{missing[0]}.weight", base.checkpoint)
+        found.append(_error("unresolved", f"are not in the base model{near}", missing))
+    shapes = []
+    for module, key in base.keys.items():
+        try:
+            if key is not None:
+                base.transposed(module)
+        except InputError as error:
+            shapes.append((module, str(error)))
+    if shapes:
+        found.append(Finding("error", "shape", f"{shapes[0][1]} ({len(shapes)} in all)", [m for m, _ in shapes]))
+    counts = Counter(key for key in base.keys.values() if key is not None)
+    same = [module for module, key in base.keys.items() if key is not None and counts[key] > 1]
+    if same:
+        found.append(_error("duplicate", "resolve to a base weight that another module resolves to as well", same))
+    return found
+
+
+def config_findings(adapter: StoredAdapter) -> list[Finding]:
+    """Where adapter_config.json says one thing and the tensors another."""
+    config, found = adapter.config, []
+    ranks = {m: pattern_value(config.get("rank_pattern"), m, config.get("r", 8)) for m in adapter.modules}
+    # A composition's own record says the ranks.
+    wrong = [] if config.get("composition") else [m for m, r in ranks.items() if r != adapter.rank(m)]
+    if wrong:
+        example = f"{wrong[0]} has rank {adapter.rank(wrong[0])}, the configuration says {ranks[wrong[0]]}"
+        found.append(_error("rank", f"have another rank, so loading fails or the scale is wrong: {example}", wrong))
+    for name in ("rank_pattern", "alpha_pattern"):
+        stale = [k for k in config.get(name) or {} if not any(pattern_value({k: 1}, m, 0) for m in adapter.modules)]
+        if stale:
+            found.append(_warning("pattern", f"of {name} match no adapted module", stale))
+    unreached = [module for module in adapter.modules if not _is_target(config, module)]
+    if unreached:
+        why = "have tensors, but target_modules, exclude_modules or layers_to_transform leave them out: PEFT drops them"
+        found.append(_error("target", why, unreached))
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list) else []
+    idle = [name for name in names if not any(_ends_with(module, name) for module in adapter.modules)]
+    if idle:
+        found.append(_warning("target", "of target_modules match no adapted module", idle))
+    found += _part_findings(adapter)
+    found += _other_findings(adapter)
+    if "altered_base" in features(adapter):
+        why = f"init_lora_weights={config['init_lora_weights']!r} changed the base weights, which servers do not repeat"
+        found.append(Finding("warning", "altered-base", f"{why}; save with path_initial_model_for_weight_conversion"))
+    return found
+
+
+def _part_findings(adapter: StoredAdapter) -> list[Finding]:
+    """Parts that the configuration asks for and tensors do not have, or the other way round."""
+    switches = {"use_dora": "magnitude", "lora_bias": "bias"}
+    if adapter.kind == "LOOM":
+        switches = {"use_dora": "magnitude", "use_mixer": "mixer", "use_gate": "gate"}
+    found = []
+    for switch, part in switches.items():
+        asked = bool(adapter.config.get(switch))
+        differ = [module for module in adapter.modules if (part in adapter.parts(module)) != asked]
+        if differ:
+            state = "lack" if asked else "have"
+            value = adapter.config.get(switch)
+            found.append(_error("parts", f"{state} a {part}, while {switch} is {value!r}", differ))
+    return found
+
+
+def _other_findings(adapter: StoredAdapter) -> list[Finding]:
+    config, found = adapter.config, []
+    saved = list(config.get("modules_to_save") or [])
+    names = [key.removeprefix(_PREFIX) for key in adapter.others]
+    absent = [name for name in saved if not any(f".{name}." in f".{key}" for key in names)]
+    if absent:
+        found.append(_warning("modules-to-save", "of modules_to_save have no tensor", absent))
+    stray = [
+        key
+        for key in adapter.others
+        if kind_of_other(adapter, key) == "modules_to_save"
+        and not any(f".{name}." in f".{key}" for name in saved)
+        and not re.search(r"lora_|loom_", key)
+    ]
+    if stray:
+        found.append(_warning("unknown-tensor", "are in none of modules_to_save, bias and trained tokens", stray))
+    return found
+
+
+def _is_target(config: dict[str, Any], module: str) -> bool:
+    """Whether PEFT would adapt the module, by its rules for names and layer indices."""
+    excluded, targets, layers = (config.get(k) for k in ("exclude_modules", "target_modules", "layers_to_transform"))
+    if isinstance(excluded, str) and re.fullmatch(excluded, module):
+        return False
+    if isinstance(excluded, list) and any(_ends_with(module, name) for name in excluded):
+        return False
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    if not any(_ends_with(module, name) for name in targets):
+        return False
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
+    match = next((match for match in matches if match), None)
+    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _error(code: str, why: str, names: list[str]) -> Finding:
+    return Finding("error", code, f"{counted(names)} {why}", names)
+
+
+def _warning(code: str, why: str, names: list[str]) -> Finding:
+    return Finding("warning", code, f"{counted(names)} {why}", names)
+
+
+def counted(names: list[str]) -> str:
+    """The names, or the first and how many more."""
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"

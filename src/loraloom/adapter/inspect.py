@@ -1,0 +1,248 @@
+"""What is in an adapter's folder: its parts, its size, the spectrum of each update, and what is wrong with it.
+
+With D = sum_n g_n s_n B_n M_n A_n of a module: ||D||_F, effective rank and stable rank of its singular values, all from
+the factors; with the base model also ||dW|| / ||W||, where dW = D, or with DoRA m (W + D) / rownorm(W + D) - W.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraloom.adapter.base import BaseWeights, weight_update
+from loraloom.adapter.findings import Finding, base_findings, config_findings, counted, name_findings
+from loraloom.adapter.serving import Verdict, serving_table
+from loraloom.adapter.stored import StoredAdapter, open_adapter
+from loraloom.update.lowrank import effective_rank, factored_svd, stable_rank
+from loraloom.update.terms import fold
+
+# Part of the update -> the name under which the method was published.
+_METHODS = {
+    "mixer": "MoSLoRA",
+    "gate": "WeightLoRA",
+    "magnitude": "DoRA",
+    "anchor_A": "an anchored start",
+    "logits": "WLoRA",
+}
+
+# A DoRA layer whose magnitudes are the lengths of W's rows changes W by no more than float32's rounding.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted module. What could not be computed is None: the numbers of a layer with NaN, ratios without a base.
+
+    Attributes:
+        module: its name in the base model.
+        shape: (out, in) of the update.
+        rank: r.
+        scaling: s.
+        parts: what the update is made of.
+        parameters: numbers stored for it.
+        gate: g, where there is one.
+        norm: ||D||_F.
+        relative_norm: ||dW||_F / ||W||_F, DoRA's rescaling included.
+        effective_rank, stable_rank: of D.
+        zero: why the update is zero ("B is zero", "the gate is zero"), or None.
+        finite: no NaN and no infinity in its tensors.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    parts: list[str]
+    parameters: int
+    gate: float | None = None
+    norm: float | None = None
+    relative_norm: float | None = None
+    effective_rank: float | None = None
+    stable_rank: float | None = None
+    zero: str | None = None
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that :func:`inspect_adapter` found out.
+
+    Attributes:
+        path: the adapter's folder.
+        kind: its peft_type.
+        method: what it is, in the names of the papers.
+        base: the base model that it was compared with, or the one it names.
+        ranks: rank -> number of modules.
+        dtypes: dtype -> number of tensors.
+        parameters, nbytes: of all tensors, and how many of the parameters are no part of an update.
+        others: names of these tensors.
+        layers: one entry per adapted module.
+        findings: errors first.
+        serving: one verdict per program.
+    """
+
+    path: str
+    kind: str
+    method: str
+    base: str | None
+    ranks: dict[int, int]
+    dtypes: dict[str, int]
+    parameters: int
+    other_parameters: int
+    nbytes: int
+    others: list[str]
+    layers: list[LayerReport]
+    findings: list[Finding] = field(default_factory=list)
+    serving: list[Verdict] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings for which a program should stop."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def inspect_adapter(
+    path: str | Path,
+    base: str | Path | None = None,
+    watch: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> Inspection:
+    """Reads an adapter of PEFT's LoRA or of loraloom, and computes its numbers; no model is built.
+
+    Args:
+        path: the adapter's folder, or a repository of the hub.
+        base: the base model's folder or repository, for ||dW|| / ||W|| and to check that every module is there.
+        watch: wraps the module names while they are gone through, for a progress bar.
+
+    Raises:
+        InputError: a file is missing or broken.
+    """
+    adapter = open_adapter(path)
+    weights = None if base is None else BaseWeights(base, adapter)
+    findings = name_findings(adapter)
+    misshapen = _named(findings)
+    in_base = [] if weights is None else base_findings(adapter, weights)
+    foreign = _named(in_base)
+    findings += config_findings(adapter) + in_base
+    layers = [
+        _layer(adapter, module, None if module in foreign else weights, misshapen=module in misshapen)
+        for module in watch(adapter.modules)
+    ]
+    findings += _number_findings(adapter, layers, has_base=weights is not None)
+    checkpoint = adapter.checkpoint
+    sizes = {key: _count(checkpoint.shape(key)) for key in checkpoint}
+    return Inspection(
+        path=str(adapter.path),
+        kind=adapter.kind,
+        method=_method(adapter),
+        base=adapter.config.get("base_model_name_or_path") if base is None else str(base),
+        ranks=dict(sorted(Counter(layer.rank for layer in layers).items())),
+        dtypes=dict(Counter(str(checkpoint.dtype(key)).removeprefix("torch.") for key in checkpoint)),
+        parameters=sum(sizes.values()),
+        other_parameters=sum(sizes[key] for key in adapter.others),
+        nbytes=sum(checkpoint.nbytes(key) for key in checkpoint),
+        others=adapter.others,
+        layers=layers,
+        findings=sorted(findings, key=lambda finding: finding.level != "error"),
+        serving=serving_table(adapter, None if base is None else str(base)),
+    )
+
+
+def _named(findings: list[Finding]) -> set[str]:
+    """The modules whose shapes are wrong."""
+    return {name.partition(" ")[0] for finding in findings if finding.code == "shape" for name in finding.names}
+
+
+@torch.no_grad()
+def _layer(adapter: StoredAdapter, module: str, base: BaseWeights | None, misshapen: bool) -> LayerReport:
+    parts = adapter.parts(module)
+    common: dict[str, Any] = {
+        "module": module,
+        "shape": adapter.shape(module),
+        "rank": adapter.rank(module),
+        "scaling": adapter.scaling(module),
+        "parts": list(parts),
+        "parameters": sum(_count(adapter.checkpoint.shape(key)) for key in parts.values()),
+    }
+    if misshapen:
+        return LayerReport(**common)
+    tensors = {part: adapter.checkpoint.tensor(key) for part, key in parts.items()}
+    gate = tensors["gate"].item() if "gate" in tensors else None
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        return LayerReport(**common, gate=gate, finite=False)
+    A, B = fold(adapter.terms(module))
+    _, S, _ = factored_svd(A, B)
+    zero = None
+    if not S.any():
+        parts_of_zero = [part for part in ("gate", "B", "A", "mixer") if part in tensors and not tensors[part].any()]
+        zero = f"{parts_of_zero[0] if parts_of_zero else 'the product'} is zero"
+    relative = None
+    if base is not None and base.keys[module] is not None:
+        W = base.matrix(module)
+        norm = S.norm() if "magnitude" not in tensors else weight_update(adapter, module, W).norm()
+        length = torch.linalg.vector_norm(W, dtype=torch.float32)
+        relative = float(norm / length) if length else None
+    return LayerReport(
+        **common,
+        gate=gate,
+        norm=float(S.norm()),
+        relative_norm=relative,
+        effective_rank=effective_rank(S),
+        stable_rank=stable_rank(S),
+        zero=zero,
+    )
+
+
+def _number_findings(adapter: StoredAdapter, layers: list[LayerReport], has_base: bool) -> list[Finding]:
+    found = []
+    broken = [layer.module for layer in layers if not layer.finite]
+    broken += [
+        key
+        for key, tensor in adapter.checkpoint.tensors(adapter.others)
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if broken:
+        found.append(Finding("error", "not-finite", f"{counted(broken)} hold NaN or infinity", broken))
+    zero = [layer.module for layer in layers if layer.zero is not None]
+    dora = any("magnitude" in layer.parts for layer in layers)
+    unchanged = [layer for layer in layers if layer.zero and not (dora and _turns(layer))]
+    if not layers:
+        found.append(Finding("error", "does-nothing", "there are no low-rank factors in the file"))
+    elif len(unchanged) == len(layers):
+        reasons = ", ".join(sorted({layer.zero for layer in layers if layer.zero}))
+        why = f"every update is zero ({reasons}): the model with this adapter is the model without it"
+        why += f", but for {len(adapter.others)} tensors that are no update" if adapter.others else ""
+        found.append(Finding("error", "does-nothing", f"{why}; was it trained, and were gradients on?", zero))
+    elif len(zero) == len(layers):
+        why = "every update is zero; only DoRA's magnitudes can change the model"
+        found.append(
+            Finding("warning", "zero", why + ("" if has_base else ", give --base to see whether they do"), zero)
+        )
+    elif zero:
+        found.append(
+            Finding("warning", "zero", f"{len(zero)} of {len(layers)} updates are zero: {counted(zero)}", zero)
+        )
+    return found
+
+
+def _turns(layer: LayerReport) -> bool:
+    """Whether a DoRA layer with D = 0 may change W all the same, by its magnitudes."""
+    return layer.relative_norm is None or layer.relative_norm > _ROUNDING
+
+
+def _method(adapter: StoredAdapter) -> str:
+    present = {part for module in adapter.modules for part in adapter.parts(module)}
+    names = [name for part, name in _METHODS.items() if part in present] or ["LoRA"]
+    if adapter.config.get("use_rslora"):
+        names.append("rsLoRA's scale")
+    return " + ".join(names)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,208 @@
+"""Any adapter as a plain LoRA that others load: ``B' A' = sum_n g_n s_n B_n M_n A_n`` with scale 1 (lora_alpha = r).
+
+Exact for LoRA, rsLoRA, MoSLoRA, WeightLoRA, anchored starts and compositions, up to one rounding of each factor. DoRA's
+``dW = m (W + D) / rownorm(W + D) - W`` has no low rank: it is kept for PEFT, and elsewhere becomes its best
+approximation of the rank asked for (Eckart and Young, 1936). What was written is read back and compared.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraloom.adapter.base import BaseWeights, weight_update
+from loraloom.adapter.findings import config_findings, name_findings
+from loraloom.adapter.serving import features, serving_data, serving_rows
+from loraloom.adapter.stored import StoredAdapter, open_adapter
+from loraloom.card import write_card
+from loraloom.errors import InputError, RunFailedError
+from loraloom.export.card import export_card
+from loraloom.export.plan import TARGETS, ExportPlan, Watch
+from loraloom.io.files import check_apart, folder_atomically
+from loraloom.update.lowrank import factored_svd
+from loraloom.update.terms import Term, fold
+
+ALLOWED_LOSS = 0.01
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModuleExport:
+    """One module: its rank before and after, and ``||dW - dW'||_F / ||dW||_F`` of what was read back."""
+
+    module: str
+    rank: int
+    exported_rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported, and how exact it is.
+
+    Attributes:
+        path: the new folder.
+        target: for whom.
+        rank: the largest rank, which is that of all modules unless the target is "peft".
+        dtype: of the factors.
+        modules: one entry per exported module.
+        dropped: modules whose update is zero.
+        error: ``||dW - dW'|| / ||dW||`` over all modules together, Frobenius norms.
+        lossy: whether something was truncated, so that the error is not rounding alone.
+    """
+
+    path: str
+    target: str
+    rank: int
+    dtype: str
+    modules: list[ModuleExport]
+    dropped: list[str] = field(default_factory=list)
+    error: float = 0.0
+    lossy: bool = False
+
+    @property
+    def worst(self) -> ModuleExport:
+        """The module with the largest error."""
+        return max(self.modules, key=lambda module: module.error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def export_adapter(
+    path: str | Path,
+    target: str,
+    out: str | Path,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+    dtype: str = "float32",
+    watch: Watch = lambda modules, _: modules,
+    command: str = "",
+) -> ExportReport:
+    """Writes an adapter as a plain LoRA, reads it back, and compares every module's update with the original.
+
+    Args:
+        path: the adapter's folder, or a repository of the hub.
+        target: "portable" (vLLM, SGLang and llama.cpp), "peft", "vllm", "sglang" or "gguf-ready".
+        out: the new folder; it appears when everything is written and compared.
+        base: the base model, which DoRA's update needs unless the target is "peft".
+        rank: the rank to export with; smaller ones are padded with zeros (not for "peft"), larger ones truncated.
+        allow_lossy: write the result though the error is above 1%.
+        overwrite: replace `out`.
+        dtype: of the written factors. float32 keeps what folding the scale computes; 16 bits round it once more.
+        watch: wraps the module names, with a word for what is done, while they are gone through.
+        command: what was typed, for the model card.
+
+    Raises:
+        InputError: the target cannot hold the adapter, or only with a larger error than allowed, or a file is broken.
+        RunFailedError: what was read back is not what was written.
+    """
+    if target not in TARGETS:
+        raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
+    if rank is not None and rank < 1:
+        raise InputError(f"rank {rank} must be a positive integer")
+    adapter = open_adapter(path)
+    weights = None if base is None else BaseWeights(base, adapter)
+    _check(adapter, target, weights)
+    check_apart(Path(out), [adapter.path, *([] if weights is None else [weights.checkpoint.path])])
+    with folder_atomically(Path(out), overwrite) as folder:
+        plan = ExportPlan(adapter, target, weights, rank, getattr(torch, dtype))
+        plan.fold(watch)
+        plan.write(folder)
+        report = _compare(plan, open_adapter(folder), str(out), watch)
+        if report.error > ALLOWED_LOSS and not allow_lossy:
+            raise InputError(
+                f"rank {report.rank} in {dtype} loses {report.error:.1%} of the update (at worst "
+                f"{report.worst.error:.1%}, {report.worst.module}), more than {ALLOWED_LOSS:.0%}: give a larger "
+                "--rank, or --allow-lossy, or use loraloom merge, which is exact"
+            )
+        write_card(export_card(report, adapter, serving_rows(folder, out), command), folder)
+    return report
+
+
+def _check(adapter: StoredAdapter, target: str, base: BaseWeights | None) -> None:
+    errors = [finding for finding in name_findings(adapter) + config_findings(adapter) if finding.level == "error"]
+    if errors:
+        raise InputError(f"{adapter.path}: {errors[0].message} (see loraloom inspect)")
+    data, found = serving_data(), features(adapter, base)
+    for name in TARGETS[target]:
+        server = data["servers"][name]
+        for feature, detail in found.items():
+            way, rule = data["ways_out"][feature], server["rules"].get(feature, {"effect": "ok"})
+            if rule["effect"] == "ok" or way == "export":
+                continue
+            if way == "merge":
+                raise InputError(f"the adapter {detail}, and {server['name']}: {rule['why']}; use loraloom merge")
+            if way == "lossy" and base is None:
+                raise InputError(
+                    f"the adapter {detail}, and {server['name']}: {rule['why']}; give --base for the nearest plain "
+                    "LoRA, or use loraloom merge, which is exact"
+                )
+    if "altered_base" in found:
+        raise InputError(
+            f"{found['altered_base']}, which changed the base weights that the update belongs to: save it from PEFT "
+            "with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER) and export that"
+        )
+
+
+def _compare(plan: ExportPlan, written: StoredAdapter, path: str, watch: Watch) -> ExportReport:
+    """Reads the new adapter back and compares every module's update with the original's.
+
+    Raises:
+        RunFailedError: a module, a magnitude or another tensor is not what it was, or an exact update is off.
+    """
+    modules, squared_error, squared_norm = [], 0.0, 0.0
+    if {*written.modules} != {*plan.factors} or {*written.others} != {*plan.adapter.others}:
+        raise RunFailedError(f"{path}: the tensors read back are not those that were written; nothing was kept")
+    for module in watch(list(plan.factors), "Comparing"):
+        error, norm, rounding = _difference(plan, written, module)
+        if error > rounding and not plan.truncated:
+            raise RunFailedError(
+                f"{module}: the update read back is {error / norm:.1e} off; nothing was kept. Please report this"
+            )
+        squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
+        rank = plan.factors[module][0].shape[0]
+        modules.append(ModuleExport(module, plan.adapter.rank(module), rank, error / norm if norm else 0.0))
+    return ExportReport(
+        path=path,
+        target=plan.target,
+        rank=int(plan.rank or 0),
+        dtype=str(plan.dtype).removeprefix("torch."),
+        modules=modules,
+        dropped=plan.dropped,
+        error=math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
+        lossy=plan.truncated,
+    )
+
+
+def _difference(plan: ExportPlan, written: StoredAdapter, module: str) -> tuple[float, float, float]:
+    """``||dW - dW'||``, ``||dW||``, and how large the first may be by rounding alone."""
+    A, B = (factor.double() for factor in fold(written.terms(module)))
+    if plan.approximates(module):
+        assert plan.base is not None
+        update = weight_update(plan.adapter, module, plan.base.matrix(module))
+        difference = torch.addmm(update, B.to(update.dtype), A.to(update.dtype), alpha=-1)
+        return float(difference.norm()), float(update.norm()), math.inf
+    old_magnitude, new_magnitude = plan.adapter.magnitude(module), written.magnitude(module)
+    if old_magnitude is not None and not (new_magnitude is not None and torch.equal(old_magnitude, new_magnitude)):
+        raise RunFailedError(f"{module}: the magnitude read back is another; nothing was kept. Please report this")
+    old = [_double(term) for term in plan.adapter.terms(module)]
+    old_A, old_B = fold(old)
+    # Each factor is rounded at most twice on its way. Rounding goes with the factors, not with their product, which is
+    # small where terms cancel (anchored starts); and under the smallest normal number it is absolute.
+    finfo = torch.finfo(plan.dtype)
+    a, b = float(old_A.norm()), float(old_B.norm())
+    rounding = 4 * finfo.eps * (a + finfo.tiny * old_A.numel()) * (b + finfo.tiny * old_B.numel())
+    difference = factored_svd(*fold([*old, Term(A, B, scaling=-1.0)]))[1]
+    return float(difference.norm()), float(factored_svd(old_A, old_B)[1].norm()), rounding
+
+
+def _double(term: Term) -> Term:
+    M, gate = (None if tensor is None else tensor.double() for tensor in (term.M, term.gate))
+    return Term(term.A.double(), term.B.double(), M, gate, term.scaling)

@@ -1,0 +1,1 @@
+"""Intruder dimensions (2410.21228): found, and scaled down."""

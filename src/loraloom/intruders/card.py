@@ -1,0 +1,32 @@
+"""The model card of an adapter with reduced intruder dimensions."""
+
+from loraloom.adapter.stored import StoredAdapter
+from loraloom.card import Card
+from loraloom.intruders.report import IntruderReport
+from loraloom.provenance import installed_versions
+
+
+def intruders_card(
+    report: IntruderReport, out: str, source: StoredAdapter, serving: list[list[str]], command: str
+) -> Card:
+    """Of an adapter in which `intruders` scaled intruder dimensions down."""
+    which = "the first intruder dimension of each module" if report.scope == "top" else "every intruder dimension"
+    modules = sum(bool(layer.intruders) for layer in report.layers)
+    needs = "" if source.kind == "LORA" else "import loraloom  # registers the type\n"
+    return Card(
+        title=f"{source.path.name} with milder intruder dimensions",
+        summary=f"The adapter `{source.path.name}`, with {which} (arXiv 2410.21228) scaled by {report.scale:g}.",
+        base_model=source.config.get("base_model_name_or_path"),
+        tags=["lora"],
+        usage=f'{needs}from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{out}")',
+        command=command,
+        facts={
+            "intruder dimensions found": f"{report.count}, in {modules} of {len(report.layers)} modules",
+            "looked at": f"the first {report.top_k} singular directions of each module, epsilon {report.epsilon:g}",
+            "rank": str(report.rank),
+            "largest relative error of a module by its rank": f"{max(report.errors.values()):.1e}",
+            "source, sha256": source.sha256,
+        },
+        serving=serving,
+        versions=installed_versions(),
+    )

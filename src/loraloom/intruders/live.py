@@ -1,0 +1,236 @@
+"""Intruder dimensions of a whole adapter: finding them, a copy of the adapter with fewer, a merged model, a sweep.
+
+Loops over :func:`loraloom.intruders.find.analyse_matrix` and the mitigation of its results. The adapter that is
+analysed, the base model, heads, biases, and every random state stay as they are, bit for bit.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from loraloom.adapter.live import LayerOfModel, adapted_layers
+from loraloom.intruders.adapter_copy import add_copy, copy_auxiliaries
+from loraloom.intruders.copies import Parts, mitigated_copy
+from loraloom.intruders.find import LayerIntruders, analyse_matrix
+from loraloom.intruders.reduce import Rank, Scope, check_options
+from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
+from loraloom.intruders.solvers.basis import BasisCache
+
+
+def find_intruders(
+    model: PeftModel,
+    adapter: str = "default",
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    *,
+    bases: BasisCache | None = None,
+    device: str | torch.device | None = None,
+) -> IntruderReport:
+    """Looks for intruder dimensions in every layer of an adapter, and changes nothing.
+
+    Args:
+        model: with a LoRA adapter of PEFT's, or one of ours with any parts, on layers of any kind, quantised or not.
+        adapter: its name.
+        top_k: how many singular directions of each adapted weight to look at.
+        epsilon: a direction with no cosine as large as this to the base weight's is an intruder.
+        bases: decompose the base weights and keep that, for further adapters of the same base; then the report has
+            exact cosines. ``BasisCache(cache_dir)`` keeps it on disk.
+        device: where to compute; None is where each weight is.
+
+    Raises:
+        ValueError: an argument is out of range, or the adapter is of another kind.
+    """
+    layers = [_analyse(layer, top_k, epsilon, bases, device) for layer in _shown(list(adapted_layers(model, adapter)))]
+    return IntruderReport(adapter, top_k, epsilon, layers)
+
+
+def _shown(layers: list[LayerOfModel]) -> Iterable[LayerOfModel]:
+    console = Console(stderr=True)
+    return track(layers, "Looking for intruders", console=console, transient=True, disable=not console.is_terminal)
+
+
+@torch.no_grad()
+def _analyse(
+    layer: LayerOfModel, top_k: int, epsilon: float, bases: BasisCache | None, device: str | torch.device | None
+) -> LayerIntruders:
+    W, magnitude = layer.weight(), layer.magnitude()
+    W = W if device is None else W.to(device)
+    left = None if bases is None else bases(W)
+    return analyse_matrix(W, *layer.factors(), magnitude, left, top_k=top_k, epsilon=epsilon, name=layer.name)
+
+
+def reduce_intruders(
+    model: PeftModel,
+    adapter: str = "default",
+    new_adapter: str = "intruders_reduced",
+    scale: float = 0.75,
+    scope: Scope = "top",
+    rank: Rank = "exact",
+    *,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    bases: BasisCache | None = None,
+    device: str | torch.device | None = None,
+) -> IntruderReport:
+    """Adds a copy of an adapter in which intruder dimensions are scaled down.
+
+    The new adapter has the parts of the old one (mixer, gate, magnitude, heads, ...) and is not made active: call
+    ``model.set_adapter(new_adapter)``. Layers in which nothing is scaled get identical tensors.
+
+    Args:
+        model, adapter, top_k, epsilon, bases, device: see :func:`find_intruders`.
+        new_adapter: name of the copy.
+        scale: what is left of each intruder: 1 changes nothing, 0 removes it, 0.7 to 0.9 is the paper's safe band.
+        scope: "top", the paper's: the first intruder of each layer. "all": all of them.
+        rank: "exact": each layer's rank grows by the intruders scaled in it, and the result is exact. "keep": ranks
+            stay, and the report tells what that lost. A number: the rank of every layer.
+
+    Returns:
+        The report of :func:`find_intruders`, with the truncation error of each layer.
+
+    Raises:
+        ValueError: an argument is out of range, the name is taken, or the adapter is of another kind.
+    """
+    check_options(scale, scope, rank)
+    if new_adapter in getattr(model, "peft_config", {}):
+        raise ValueError(f"new_adapter={new_adapter!r} exists already: choose another name or delete it first.")
+    found = find_intruders(model, adapter, top_k, epsilon, bases=bases, device=device)
+    copies = _copies(model, found, scale, scope, rank)
+    add_copy(model, adapter, new_adapter, {name: r for name, (_, r, _) in copies.items()})
+    _store(model, adapter, new_adapter, copies)
+    errors = {name: error for name, (_, _, error) in copies.items()}
+    return replace(found, scale=scale, scope=scope, rank=rank, errors=errors)
+
+
+def merge_and_unload_with_reduced_intruders(
+    model: PeftModel,
+    adapter: str = "default",
+    scale: float = 0.75,
+    scope: Scope = "top",
+    *,
+    quantized: Literal["requantize", "dequantize"] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, IntruderReport]:
+    """Merges an adapter into the base model with its intruders scaled down: no rank limits it.
+
+    Like PEFT's ``merge_and_unload`` it consumes the model: the base weights are changed and the adapters are gone.
+
+    Args:
+        model, adapter, scale, scope: see :func:`reduce_intruders`.
+        quantized: needed where adapted layers are quantised. "requantize" quantises the merged weights anew;
+            "dequantize" replaces these layers by nn.Linear with the merged weight in the dtype that it dequantises to.
+        **options: of :func:`find_intruders`.
+
+    Returns:
+        The base model, merged, and the report.
+
+    Raises:
+        ValueError: also where layers are quantised and ``quantized`` does not say what to do with them.
+    """
+    layers = [layer for layer in adapted_layers(model, adapter) if layer.quantized]
+    if layers and quantized not in ("requantize", "dequantize"):
+        raise ValueError(
+            f"quantized={quantized!r}, but {layers[0].name} and {len(layers) - 1} more layers are quantised: choose "
+            "'requantize' (rounds the merged weight) or 'dequantize' (keeps it, in a layer that takes more memory)."
+        )
+    name = _free_name(model)
+    report = reduce_intruders(model, adapter, name, scale, scope, "exact", **options)
+    dense: dict[str, nn.Linear] = {}
+    if quantized == "dequantize":
+        dense = {layer.name: _dense(layer) for layer in adapted_layers(model, name) if layer.quantized}
+    model.set_adapter(name)
+    tuner: Any = model.base_model
+    merged = tuner.merge_and_unload()
+    for path, linear in dense.items():
+        merged.set_submodule(path, linear)
+    return merged, report
+
+
+def sweep(
+    model: PeftModel,
+    adapter: str,
+    scales: Iterable[float],
+    evaluate: Callable[[PeftModel], Mapping[str, float]],
+    *,
+    scope: Scope = "top",
+    rank: Rank = "exact",
+    **options: Any,
+) -> SweepReport:
+    """Evaluates an adapter with its intruders at several scales. The search is done once; a scale costs milliseconds.
+
+    Args:
+        model, adapter, scope, rank: see :func:`reduce_intruders`.
+        scales: the scales, in the order in which to try them. At 1 the adapter itself is evaluated.
+        evaluate: called with the model for each scale, with the mitigated adapter active; returns named numbers, such
+            as a task metric and a loss on something that should not be forgotten.
+        **options: of :func:`find_intruders`.
+
+    Returns:
+        One point per scale. The model is as it was before.
+    """
+    scales = list(scales)
+    tuner: Any = model.base_model
+    for scale in scales:
+        check_options(scale, scope, rank)
+    found = find_intruders(model, adapter, **options)
+    before = list(model.active_adapters), {name: p.requires_grad for name, p in model.named_parameters()}
+    name, added, points = _free_name(model), False, []
+    try:
+        for scale in scales:
+            error = 0.0
+            if scale != 1:
+                copies = _copies(model, found, scale, scope, rank)
+                if not added:
+                    add_copy(model, adapter, name, {key: r for key, (_, r, _) in copies.items()})
+                    added = True
+                _store(model, adapter, name, copies)
+                error = max((error for _, _, error in copies.values()), default=0.0)
+            model.set_adapter(adapter if scale == 1 else name)
+            points.append(SweepPoint(scale, dict(evaluate(model)), error))
+    finally:
+        active, trainable = before
+        model.set_adapter(active[0])
+        if added:
+            model.delete_adapter(name)
+        tuner.set_adapter(active)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[key])
+    return SweepReport(replace(found, scope=scope, rank=rank), points)
+
+
+def _free_name(model: PeftModel) -> str:
+    return next(n for i in range(len(model.peft_config) + 1) if (n := f"mitigated_{i}") not in model.peft_config)
+
+
+@torch.no_grad()
+def _copies(
+    model: PeftModel, found: IntruderReport, scale: float, scope: Scope, rank: Rank
+) -> dict[str, tuple[Parts, int, float]]:
+    """By layer: the parts of the mitigated copy, its rank, and the error."""
+    by_name = {layer.name: layer for layer in found.layers}
+    return {
+        layer.name: mitigated_copy(layer, by_name[layer.name], scale, scope, rank)
+        for layer in adapted_layers(model, found.adapter)
+    }
+
+
+def _store(model: PeftModel, adapter: str, new_adapter: str, copies: dict[str, tuple[Parts, int, float]]) -> None:
+    for layer in adapted_layers(model, adapter):
+        layer.store(new_adapter, copies[layer.name][0])
+    copy_auxiliaries(model, adapter, new_adapter)
+
+
+def _dense(layer: LayerOfModel) -> nn.Linear:
+    base, weight = layer.layer.get_base_layer(), layer.adapted_weight().to(layer.weight().dtype)
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+    return linear

@@ -1,0 +1,1 @@
+"""Files: safetensors, quantized storage, atomic writes, the hub."""

@@ -1,0 +1,1 @@
+"""Adapters merged into a model on disk."""

@@ -1,0 +1,105 @@
+"""An adapted linear layer: ``y = c (x W^T + g s drop(x) A^T M^T B^T) + bias`` with ``c = m / rownorm(W + D)``.
+
+Shapes: x (..., in), y (..., out), m and rownorm (out,). DoRA's norm is a constant in the backward pass (2402.09353,
+section 4.3).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loraloom.update.node import AdaptedLinear
+from loraloom.update.terms import Term, scale
+
+# Above this the node by hand, which works in one buffer of the output's size where autograd takes three, is the faster
+# way to DoRA, below it its Python costs more than that saves (measured on two CPU cores).
+_FEW_TOKENS = 256
+
+
+def adapted_linear(
+    x: Tensor,
+    term: Term,
+    *,
+    base_out: Tensor | None = None,
+    W: Tensor | None = None,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The output of an adapted linear layer: ``y = c (x W^T + g s drop(x) A^T M^T B^T) + bias``.
+
+    Args:
+        x: input (..., in).
+        term: the low-rank update.
+        base_out: the base layer's output ``x W^T + bias`` (..., out) where something else computes it. Not changed.
+        W: the base weight (out, in), when base_out is not given.
+        bias: the base layer's bias (out,), which DoRA does not scale.
+        magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), for c = m / norm; both or neither.
+        dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
+
+    Returns:
+        (..., out) in the dtype of the base layer's output. Differentiable with respect to every tensor but norm; where
+        dtypes differ, with dropout, and with a magnitude on many tokens, once.
+    """
+    uniform = x.dtype is term.A.dtype and not dropout and not torch.is_autocast_enabled(x.device.type)
+    few = magnitude is None or x.numel() <= _FEW_TOKENS * x.shape[-1]
+    if (uniform and few) or torch.compiler.is_compiling():
+        return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
+    A, B, M, gate, scaling = term
+    # Flat outside the node: a view made inside could not be changed in place, as ReLU(inplace=True) does.
+    x2 = x.reshape(-1, x.shape[-1])
+    z = None if base_out is None else base_out.reshape(-1, base_out.shape[-1])
+    y = AdaptedLinear.apply(x2, A, B, M, gate, scaling, dropout, z, W, bias, magnitude, norm)
+    return y.view(*x.shape[:-1], B.shape[0])
+
+
+def _composed(
+    x: Tensor,
+    term: Term,
+    base_out: Tensor | None,
+    W: Tensor | None,
+    bias: Tensor | None,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The same from torch's own operations, for one dtype and for compilers.
+
+    They save no more than the node by hand does: x, h, and with a magnitude z. The update is added by one ``addmm``,
+    without a pass of its own over the output.
+    """
+    has_norm = magnitude is not None and norm is not None
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if base_out is None:
+        z = F.linear(x2, W, None if has_norm else bias)  # type: ignore[arg-type]
+    else:
+        z = base_out.reshape(-1, base_out.shape[-1])
+        z = z - bias if has_norm and bias is not None else z
+    dtype = z.dtype
+    h = F.linear((F.dropout(x2, dropout) if dropout else x2).to(term.A.dtype), term.A)
+    if term.M is not None:
+        h = F.linear(h, term.M)
+    if term.gate is not None:
+        h = (h * scale(term)).to(h.dtype)  # a gate is float32 whatever the factors are
+    alpha = 1.0 if term.gate is not None else term.scaling
+    if z.dtype is not h.dtype or h.dtype is not term.B.dtype:  # only where a compiler fuses it
+        z = z + F.linear(h, term.B.to(h.dtype)) * alpha
+    elif base_out is None:
+        z = z.addmm_(h, term.B.t(), alpha=alpha)  # z is nobody else's
+    else:
+        z = torch.addmm(z, h, term.B.t(), alpha=alpha)
+    if magnitude is not None and norm is not None:
+        c = magnitude / norm
+        z = z * c if bias is None else torch.addcmul(bias, z, c)
+    z = z.to(dtype)
+    return z if x2 is x else z.view(*x.shape[:-1], z.shape[-1])
+
+
+def rescale(z: Tensor, c: Tensor, bias: Tensor | None, channel_dim: int = -1) -> Tensor:
+    """DoRA's last step, ``c (z - bias) + bias`` along one dimension of z; differentiable."""
+    shape = [1] * z.dim()
+    shape[channel_dim] = -1
+    if bias is None:
+        return c.view(shape) * z
+    return c.view(shape) * (z - bias.view(shape)) + bias.view(shape)

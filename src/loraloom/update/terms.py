@@ -1,0 +1,67 @@
+"""The low-rank update as terms: ``D = sum_n g_n s_n B_n M_n A_n``.
+
+Shapes: A (r, in), M (r, r), B (out, r), g (1,) or (r,), D (out, in). M and g are optional. Sources: LoRA 2106.09685,
+MoSLoRA 2406.11909 (M), WeightLoRA 2506.02724 (g).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Term(NamedTuple):
+    """One product ``g s B M A`` of the sum; the matrices of convolutions are flattened to two dimensions."""
+
+    A: Tensor
+    B: Tensor
+    M: Tensor | None = None
+    gate: Tensor | None = None
+    scaling: float = 1.0
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """At least float32: the dtype in which weights are combined (bf16 products would round away small updates)."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def scale(term: Term) -> Tensor | float:
+    """``g s``: a float, or with a gate a tensor of the gate's shape."""
+    return term.scaling if term.gate is None else term.gate * term.scaling
+
+
+def stack(terms: Sequence[Term]) -> Term:
+    """One term equal to the sum of several: the As above each other, the Bs side by side (exact, any ranks).
+
+    Mixers are multiplied into A, scales become a gate with one entry per row of A. Differentiable.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    gates = [
+        torch.full((t.A.shape[0],), t.scaling, device=t.A.device, dtype=torch.float32)
+        if t.gate is None
+        else (t.gate * t.scaling).expand(t.A.shape[0])
+        for t in terms
+    ]
+    A = torch.cat([t.A if t.M is None else t.M.to(t.A.dtype) @ t.A for t in terms])
+    return Term(A, torch.cat([t.B for t in terms], dim=1), None, torch.cat(gates))
+
+
+def fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Plain LoRA factors with scale 1: A' (sum r, in) and B' (out, sum r) with ``B' A' = sum_n g_n s_n B_n M_n A_n``.
+
+    Exact up to one rounding of each factor in at least float32.
+    """
+    dtype = compute_dtype(*(factor for term in terms for factor in (term.A, term.B)))
+    # Before they are multiplied: terms may all but cancel, and rounding M A would not.
+    term = stack(
+        [t._replace(A=t.A.to(dtype), B=t.B.to(dtype), M=None if t.M is None else t.M.to(dtype)) for t in terms]
+    )
+    A, B = term.A, term.B
+    if term.M is not None:
+        A = term.M.to(dtype) @ A
+    return A, B * scale(term)
