@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loraloom.optim import GaLore, state_bytes
-from loraloom.optim.galore_projection import project, sides_of, subspace_bases, svd_bases
+from loraloom.optim.galore.bases import project, sides_of, subspace_bases, svd_bases
 from loraloom.training.model import model_path
 from loraloom.training.stdlib_docstrings import stdlib_docstrings
 

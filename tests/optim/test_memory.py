@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from loraloom.optim import GaLore, WeightAdam, adamw_memory, build_optimizer, expected_memory, state_bytes
-from loraloom.optim.galore_groups import project_groups
+from loraloom.optim.galore.groups import project_groups
 from loraloom.optim.param_groups import build_param_groups
 
-from .galore_support import Chain, chain, loss_of
+from .galore.support import Chain, chain, loss_of
 from .support import gated_model
 
 PLAIN = {

@@ -1,8 +1,8 @@
 """Optimizers for adapters: WeightAdam, its constraint sets, and the parameter groups that every optimizer takes."""
 
 from loraloom.optim.build import OPTIMIZERS, build_optimizer, check_optimizer_options, trainer_optimizer
-from loraloom.optim.galore import GaLore
-from loraloom.optim.galore_groups import project_groups
+from loraloom.optim.galore.engine import GaLore
+from loraloom.optim.galore.groups import project_groups
 from loraloom.optim.memory import Memory, adamw_memory, expected_memory, format_galore, state_bytes
 from loraloom.optim.param_groups import build_param_groups, format_param_groups
 from loraloom.optim.surgery import remove_parameters, replace_parameter

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from loraloom.optim.galore_groups import project_groups
+from loraloom.optim.galore.groups import project_groups
 from loraloom.optim.param_groups import build_param_groups
 
 
@@ -36,7 +36,7 @@ OPTIMIZERS = {
     "adamw_8bit": Choice("bitsandbytes.optim", "AdamW8bit", _8BIT),
     "paged_adamw_8bit": Choice("bitsandbytes.optim", "PagedAdamW8bit", _8BIT),
     "galore": Choice(
-        "loraloom.optim.galore",
+        "loraloom.optim.galore.engine",
         "GaLore",
         (
             *("rank", "update_gap", "scale", "side", "refresh", "stagger", "rotate_moments", "residual", "layerwise"),

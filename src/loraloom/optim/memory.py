@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loraloom.optim.galore import GaLore
-from loraloom.optim.galore_compact import Projected
+from loraloom.optim.galore.compact import Projected
+from loraloom.optim.galore.engine import GaLore
 from loraloom.optim.weight_adam import WeightAdam
 
 _STEP = 4  # torch's optimizers count the steps of each parameter in a float32

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loraloom.optim import GaLore
 
-from .galore_support import Chain, chain, loss_of, matrices_and_vectors
+from .support import Chain, chain, loss_of, matrices_and_vectors
 
 STEPS = 8
 

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from loraloom.optim import GaLore, remove_parameters, state_bytes
 
-from .galore_support import chain, loss_of, matrices_and_vectors, train
-from .support import assert_identical, snapshot
+from ..support import assert_identical, snapshot
+from .support import chain, loss_of, matrices_and_vectors, train
 
 VARIANTS = {
     "subspace": {},

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from loraloom.optim.galore_projection import Side, sides_of
+from loraloom.optim.galore.bases import Side, sides_of
 
 
 def check_options(

@@ -6,9 +6,9 @@ from galore_torch import GaLoreAdamW
 from torch import Tensor, nn
 
 from loraloom.optim import GaLore
-from loraloom.optim.galore_projection import random_bases, sides_of
+from loraloom.optim.galore.bases import random_bases, sides_of
 
-from .galore_support import chain, loss_of, matrices_and_vectors, train
+from .support import chain, loss_of, matrices_and_vectors, train
 
 
 @pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right"])

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loraloom.optim.galore_compact import Projected
-from loraloom.optim.galore_state import check_saved_groups, joined_state, on_device, split_state
+from loraloom.optim.galore.compact import Projected
+from loraloom.optim.galore.state import check_saved_groups, joined_state, on_device, split_state
 
 # Keys of our groups that the inner optimizer does not get; decay is applied here, to the whole weight.
 _OURS = {"params", "param_names", "name", "is_gate", "rank", "update_gap", "scale", "side", "weight_decay"}

@@ -9,8 +9,8 @@ from torch import nn
 
 from loraloom.optim import GaLore
 
-from .galore_support import chain, loss_of, matrices_and_vectors, train
-from .support import assert_identical, snapshot
+from ..support import assert_identical, snapshot
+from .support import chain, loss_of, matrices_and_vectors, train
 
 
 def build(model: nn.Module, **options) -> GaLore:

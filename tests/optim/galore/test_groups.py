@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from loraloom.optim import GaLore, build_optimizer, build_param_groups, format_galore, project_groups, trainer_optimizer
 
-from .support import assert_identical, snapshot
+from ..support import assert_identical, snapshot
 
 
 class Encoder(nn.Module):

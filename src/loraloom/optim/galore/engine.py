@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from loraloom.optim.galore_compact import (
+from loraloom.optim.galore.bases import Bases, Side, change_of_bases, project, random_bases
+from loraloom.optim.galore.compact import (
     Projected,
     average_,
     fill_with_zeros,
@@ -33,12 +34,11 @@ from loraloom.optim.galore_compact import (
     rotate_state,
     whole,
 )
-from loraloom.optim.galore_groups import project_groups
-from loraloom.optim.galore_inner import OuterOptimizer, complete
-from loraloom.optim.galore_layerwise import leave_gradients, project_during_backward
-from loraloom.optim.galore_options import check_options
-from loraloom.optim.galore_projection import Bases, Side, change_of_bases, project, random_bases
-from loraloom.optim.galore_update import add_projected_step_, add_scaled_gradient_, finite, renewed_bases
+from loraloom.optim.galore.groups import project_groups
+from loraloom.optim.galore.inner import OuterOptimizer, complete
+from loraloom.optim.galore.layerwise import leave_gradients, project_during_backward
+from loraloom.optim.galore.options import check_options
+from loraloom.optim.galore.steps import add_projected_step_, add_scaled_gradient_, finite, renewed_bases
 from loraloom.optim.param_groups import build_param_groups
 
 
@@ -61,7 +61,7 @@ class GaLore(OuterOptimizer):
         rotate_moments: carry momentum and Adam's averages into the new basis (LDAdam) instead of keeping them as they
             are. Worth it where update_gap is small.
         residual: Fira: also apply the part of the gradient outside the basis, scaled as the inner optimizer scaled R.
-        layerwise: take each gradient during backward, project it and free it; see `loraloom.optim.galore_layerwise`.
+        layerwise: take each gradient during backward, project it and free it; see `loraloom.optim.galore.layerwise`.
         max_grad_norm: with `layerwise`, clip the norm of all (projected) gradients at the step, where torch's
             clip_grad_norm_ finds none.
         process_group: average the gradients over these processes here, and the compact ones only, except where a basis

@@ -9,8 +9,8 @@ from torch import nn
 
 from loraloom.optim import GaLore
 
-from .galore_support import chain, loss_of, matrices_and_vectors
-from .support import assert_identical, snapshot
+from ..support import assert_identical, snapshot
+from .support import chain, loss_of, matrices_and_vectors
 
 
 def build(model: nn.Module, layerwise: bool, **options) -> GaLore:

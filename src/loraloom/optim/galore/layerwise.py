@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loraloom.optim.galore_compact import Projected
+from loraloom.optim.galore.compact import Projected
 
 if TYPE_CHECKING:
-    from loraloom.optim.galore import GaLore
+    from loraloom.optim.galore.engine import GaLore
 
 # The hook of each weight. A second optimizer over the same model would find no gradient if the first one's stayed.
 _hooks = WeakTensorKeyDictionary()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor import zeros as sharded_zeros
 
-from loraloom.optim.galore_projection import Bases, Side, rotate, rotate_moments, sides_of
+from loraloom.optim.galore.bases import Bases, Side, rotate, rotate_moments, sides_of
 
 
 @dataclass(eq=False)

@@ -5,8 +5,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraloom.optim.galore_compact import Projected, laid_out_like, whole
-from loraloom.optim.galore_projection import Bases, limit_growth, norm_ratio, project_back, subspace_bases, svd_bases
+from loraloom.optim.galore.bases import Bases, limit_growth, norm_ratio, project_back, subspace_bases, svd_bases
+from loraloom.optim.galore.compact import Projected, laid_out_like, whole
 
 
 def renewed_bases(refresh: str, G: Tensor, slot: Projected, old: Bases, seed: int, step: int) -> Bases:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraloom.optim.galore_projection import (
+from loraloom.optim.galore.bases import (
     SIDES,
     change_of_bases,
     limit_growth,

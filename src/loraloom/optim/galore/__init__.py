@@ -1,0 +1,1 @@
+"""GaLore and its successors: all weights train, and the optimizer's state is low-rank."""
