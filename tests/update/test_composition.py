@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraloom.update.composition import Composition, LayerComposition, Tie, member_weights, project
+from loraloom.update.composition import CONSTRAINTS, Composition, LayerComposition, Tie, member_weights, project
 
 MEMBERS = [{"name": name, "source": "here", "sha256": ""} for name in "abc"]
 
@@ -53,11 +53,19 @@ def test_projection_is_on_the_simplex_of_those_it_is_among():
 
 
 @pytest.mark.parametrize("normalize", ["present", "all"])
-@pytest.mark.parametrize("constraint", ["softmax", "simplex", "free"])
-def test_weights_start_equal_among_those_that_add_up(constraint, normalize):
-    part = LayerComposition(composition(constraint=constraint, normalize=normalize), "x.0.q")
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("total", [1, 2.5])
+def test_weights_start_equal_among_those_that_add_up(constraint, normalize, total):
+    part = LayerComposition(composition(constraint=constraint, normalize=normalize, total=total), "x.0.q")
     share = 1 / 2 if normalize == "present" else 1 / 3
-    torch.testing.assert_close(part.gate(part.start()), torch.full((3,), share))
+    torch.testing.assert_close(part.gate(part.start()), torch.full((3,), share * total))
+
+
+def test_the_total_of_a_scaled_softmax_trains_with_the_logits():
+    D, target = torch.randn(3, 4, 3).double(), torch.randn(4, 3).double()
+    v = torch.randn(4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: loss(member_weights(v, None, "scaled_softmax"), D, target), v)
+    torch.testing.assert_close(member_weights(v, None, "scaled_softmax").sum(), v[-1])
 
 
 def test_the_gate_repeats_each_weight_for_the_rows_of_its_member():
@@ -120,6 +128,9 @@ def test_a_copy_of_tied_layers_is_tied_among_itself():
         ({"members": MEMBERS[:2]}, "ranks for 3 members, but there are 2"),
         ({"members": [*MEMBERS[:2], MEMBERS[0]]}, "a name of its own"),
         ({"members": []}, "a name of its own"),
+        ({"total": 0}, "total=0"),
+        ({"total": float("inf")}, "total=inf"),
+        ({"total": "2"}, "total='2'"),
         ({"ranks": {"q": [0, 0, 0]}}, "not all 0"),
         ({"ranks": {"q": [1, -1, 0]}}, "integers >= 0"),
         ({"biased": ["v"]}, "biased modules"),

@@ -24,7 +24,8 @@ def compose(
     weights: Literal["learned", "uniform"] | Mapping[str, float] = "learned",
     *,
     scope: Literal["layer", "module_type", "model"] = "layer",
-    constraint: Literal["softmax", "simplex", "free"] = "softmax",
+    constraint: Literal["softmax", "scaled_softmax", "simplex", "free"] = "softmax",
+    total: float = 1.0,
     normalize: Literal["present", "all"] = "present",
     adapter_name: str = "composition",
     task_type: str | None = None,
@@ -44,8 +45,10 @@ def compose(
         weights: "learned" from equal ones, "uniform", or a weight for each member, taken as given.
         scope: whether each layer learns weights of its own, or layers of one kind (all q_proj) or all layers share
             them.
-        constraint: of learned weights. "softmax": positive, sum 1. "simplex": the same by projection, so that weights
-            can become 0. "free": any.
+        constraint: of learned weights. "softmax": positive, with the given total. "scaled_softmax": the same, and the
+            total trains. "simplex": as "softmax" by projection, so that weights can become 0. "free": any.
+        total: what the weights of a layer add up to, with "scaled_softmax" and "free" at the start. At 1, N equal
+            members have an N-th of their strength each.
         normalize: who the weights add up over: the members that adapt the layer ("present"), or all; then the weights
             of a layer add up to less where members are missing.
         adapter_name: name of the new adapter.
@@ -64,6 +67,10 @@ def compose(
     if not members:
         raise InputError("members is empty; expected a name and a folder for each, {'squad': 'path/to/squad'}")
     fixed = _fixed_weights(weights, members)
+    if not 0 < total < math.inf or (fixed and total != 1):
+        raise InputError(
+            f"total={total!r}: expected a positive number, and 1 where the weights are given", code="composition-total"
+        )
     sources = {name: open_source(model, name, where) for name, where in members.items()}
     shapes = layer_shapes(base, {module for source in sources.values() for module in source.modules})
     ranks = {name: ranks_of(name, source, shapes) for name, source in sources.items()}
@@ -78,6 +85,7 @@ def compose(
         scope=scope,
         constraint="free" if fixed else constraint,
         normalize=normalize,
+        total=total,
         trainable=weights == "learned",
     )
     largest = max(map(sum, composition.ranks.values()))

@@ -6,11 +6,15 @@ In every layer the members' A_n lie above each other, A (R, in), and their B_n s
 so that a layer costs two products however many members it has: y = x W^T + (w(v)[owner] * x A^T) B^T, where owner (R,)
 says which member a row of A belongs to. A and B are frozen. The weights w (N,) come from v (N,) by a constraint:
 
-    softmax   w = softmax(v), over the members that the layer has, or over all
-    simplex   v >= 0, sum v = 1; w = v              v is projected before it is used, hence after every optimizer step
-    free      w = v
+    softmax          w = c softmax(v), over the members that the layer has, or over all
+    scaled_softmax   the same with c trained: v is (N + 1,), its last entry c
+    simplex          w = c v with v >= 0, sum v = 1   v is projected before it is used, hence after every optimizer step
+    free             w = v
+
+c is the total weight: 1, or what the composition says. With related members a larger total is what helps.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -20,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from loraloom.update.simplex import project_simplex
 
-CONSTRAINTS = ("softmax", "simplex", "free")
+CONSTRAINTS = ("softmax", "scaled_softmax", "simplex", "free")
 SCOPES = ("layer", "module_type", "model")
 NORMALIZATIONS = ("present", "all")
 
@@ -40,11 +44,13 @@ class Composition:
     biased: list[str] = field(default_factory=list)
     """Modules in which at least one member adds to the bias (PEFT's lora_bias)."""
     scope: Literal["layer", "module_type", "model"] = "layer"
-    """Who shares one v: nobody, the layers of one kind (all q_proj), or all layers."""
-    constraint: Literal["softmax", "simplex", "free"] = "softmax"
+    """Which layers share one v: "layer" none, "module_type" those of one kind (all q_proj), "model" all."""
+    constraint: Literal["softmax", "scaled_softmax", "simplex", "free"] = "softmax"
     normalize: Literal["present", "all"] = "present"
     """Over whom the weights add up to 1: the members that a layer has, or all. "free" weights need not add up."""
     trainable: bool = True
+    total: float = 1.0
+    """What the weights of a layer add up to: always with "softmax" and "simplex", at the start with the others."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -54,6 +60,8 @@ class Composition:
         ):
             if value not in allowed:
                 raise ValueError(f"composition: {name}={value!r} is not known; use one of {', '.join(allowed)}.")
+        if isinstance(self.total, bool) or not isinstance(self.total, int | float) or not 0 < self.total < math.inf:
+            raise ValueError(f"composition: total={self.total!r}; expected a positive number, 1 or more.")
         names = [member.get("name") for member in self.members]
         if not names or None in names or len({*names}) < len(names):
             raise ValueError(f"composition: members are {names}; each needs a name of its own.")
@@ -98,17 +106,25 @@ class Composition:
         return ".".join(part for part in module.split(".") if not part.isdigit())
 
 
-def member_weights(v: Tensor, present: Tensor | None, constraint: str) -> Tensor:
+def member_weights(v: Tensor, present: Tensor | None, constraint: str, total: float = 1.0) -> Tensor:
     """The weights w (N,) of the members.
 
     Args:
-        v: the parameter (N,); for "simplex" it is taken as it is, see :func:`project`.
-        present: mask (N,) of the members among which "softmax" is taken; None for all. Others get 0.
-        constraint: "softmax", "simplex" or "free".
+        v: the parameter, (N,), or (N + 1,) for "scaled_softmax"; for "simplex" it is taken as it is, see
+            :func:`project`.
+        present: mask (N,) of the members among which a softmax is taken; None for all. Others get 0.
+        constraint: one of ``CONSTRAINTS``.
+        total: c of "softmax" and "simplex".
     """
-    if constraint != "softmax":
+    if constraint == "free":
         return v
-    return torch.softmax(v if present is None else v.masked_fill(~present, float("-inf")), dim=0)
+    if constraint == "simplex":
+        return v if total == 1 else total * v
+    scale: Tensor | float = total
+    if constraint == "scaled_softmax":
+        v, scale = v[:-1], v[-1]
+    w = torch.softmax(v if present is None else v.masked_fill(~present, float("-inf")), dim=0)
+    return w if isinstance(scale, float) and scale == 1 else scale * w
 
 
 def project(v: Tensor, among: Tensor | None) -> Tensor:
@@ -162,22 +178,25 @@ class LayerComposition:
         self.ranks = composition.ranks[module]
         self.constraint = composition.constraint
         self.trainable = composition.trainable
+        self.total = float(composition.total)
         self.tie: Tie | None = None
         self.owner = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
         # Over whom the weights add up: a softmax is taken in each layer, a projection of v, which layers may share.
         together = [self.ranks]
-        if composition.constraint != "softmax" and composition.scope != "layer":
+        if composition.constraint in ("simplex", "free") and composition.scope != "layer":
             group = composition.group(module)
             together = [ranks for other, ranks in composition.ranks.items() if composition.group(other) == group]
         self.among = torch.tensor(together).bool().any(0)
         self.everyone = composition.normalize == "all" or bool(self.among.all())
 
     def start(self) -> Tensor:
-        """v (N,) for equal weights."""
+        """v for equal weights that add up to the total: (N,), or (N + 1,) for "scaled_softmax"."""
         if self.constraint == "softmax":
             return torch.zeros(len(self.ranks))
+        if self.constraint == "scaled_softmax":
+            return torch.tensor([0.0] * len(self.ranks) + [self.total])
         among = torch.ones_like(self.among) if self.everyone else self.among
-        return among / among.sum()
+        return among / among.sum() * (self.total if self.constraint == "free" else 1.0)
 
     def weights(self, v: Tensor) -> Tensor:
         """w (N,), differentiable with respect to v, which for "simplex" is projected in place while it trains."""
@@ -187,10 +206,10 @@ class LayerComposition:
         if self.constraint == "simplex":
             projected = project(v.detach(), among)
             if not (v.requires_grad and torch.is_grad_enabled()):
-                return projected
+                return member_weights(projected, among, self.constraint, self.total)
             with torch.no_grad():
                 v.copy_(projected)
-        return member_weights(v if self.tie is None else self.tie(v), among, self.constraint)
+        return member_weights(v if self.tie is None else self.tie(v), among, self.constraint, self.total)
 
     def gate(self, v: Tensor) -> Tensor:
         """The weight of each row of A (R,)."""
