@@ -1,6 +1,6 @@
 """Linear layers: nn.Linear, transformers' Conv1D, and every quantised linear that PEFT's backends resolve."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,26 @@ from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.peft_internals import features_of
 from loraloom.update.linear import adapted_linear
 from loraloom.update.terms import stack
+
+
+def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
+    """Whether calling the module is ``F.linear`` of its weight and nothing else: no subclass, hook or offloading."""
+    return (
+        type(module) is nn.Linear
+        and type(module._parameters.get("weight")) is nn.Parameter  # else sharded, quantised or parametrized
+        and "forward" not in vars(module)  # accelerate's offloading replaces it
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+    )
+
+
+def calls_only_linear(base: Any, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether ``base(x)`` is ``F.linear(x, base.weight, base.bias)``, so that one node can compute base and adapter."""
+    if not is_plain_linear(base):
+        return False
+    weight: Any = base._parameters["weight"]  # not base.weight: nn.Module's look-up costs a microsecond
+    return x.dtype is weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 class LoomLinear(LoomLayer):
@@ -48,7 +68,7 @@ class LoomLinear(LoomLayer):
 
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]
-        if not self._add_up(adapters) or type(base) is not nn.Linear or not self._calls_only_linear(base, x):
+        if not self._add_up(adapters) or not calls_only_linear(base, x):
             return super().adapted_forward(x, adapters, *args, **kwargs)
         # One node for base and adapter: no second pass over the output, nor over the gradient of the input.
         return self._adapt_by(adapters, x, base._parameters["bias"], W=base._parameters["weight"])
@@ -57,16 +77,6 @@ class LoomLinear(LoomLayer):
         """Whether the adapters are as one with stacked factors: plain ones, none with a dropout mask of its own."""
         return len(adapters) == 1 or not any(
             self.magnitude(name) is not None or (self.training and self.dropout[name]) for name in adapters
-        )
-
-    def _calls_only_linear(self, base: nn.Linear, x: Tensor) -> bool:
-        weight = base._parameters["weight"]
-        return (
-            self.quantization_backend is None
-            and type(weight) is nn.Parameter
-            and (x.dtype is weight.dtype or torch.is_autocast_enabled(x.device.type))
-            and "forward" not in vars(base)  # accelerate's offloading replaces it
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
     def adapt(self, base_out: Tensor, x: Tensor, adapters: list[str]) -> Tensor:
