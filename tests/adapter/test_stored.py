@@ -17,7 +17,7 @@ from loraloom.adapter import stored as adapter_module
 from loraloom.adapter.stored import as_matrix, as_weight, base_key, open_adapter, stored_transposed
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import open_checkpoint
-from loraloom.update.update import delta_weight
+from loraloom.update.update import Update
 
 LINEAR = ["q_proj", "down_proj", "embed_tokens"]
 CONFIGS = {
@@ -56,7 +56,7 @@ def test_the_update_is_the_one_that_peft_computes(pico_llama_dir, tmp_path, conf
     layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
     assert set(stored.modules) == set(layers)
     for name, layer in layers.items():
-        delta = delta_weight(stored.terms(name))
+        delta = Update(stored.terms(name)).delta()
         assert tuple(delta.shape) == (*stored.terms(name)[0].B.shape[:1], *stored.terms(name)[0].A.shape[1:])
         shape = base.shape(base_key(name, base))
         transposed = stored_transposed(name, delta.shape, shape, {}, stored.config)
@@ -74,7 +74,7 @@ def test_convolutions_and_magnitudes(tmp_path, make, use_dora):
     stored = open_adapter(tmp_path)
     for name in ("0", "2"):
         layer, weight = model.base_model.model.get_submodule(name), net.get_submodule(name).weight
-        delta = delta_weight(stored.terms(name))
+        delta = Update(stored.terms(name)).delta()
         transposed = stored_transposed(name, delta.shape, weight.shape, {}, stored.config)
         if use_dora:
             W = as_matrix(weight.detach(), transposed) + delta
@@ -114,7 +114,7 @@ def test_square_conv1d_is_known_for_what_it_is(tmp_path, make, fan_in_fan_out):
     stored.config["fan_in_fan_out"] = fan_in_fan_out  # PEFT leaves what the last layer set
     layer = model.base_model.model.transformer.h[0].attn.c_proj
     name = "transformer.h.0.attn.c_proj"
-    delta = delta_weight(stored.terms(name))
+    delta = Update(stored.terms(name)).delta()
     assert stored_transposed(name, delta.shape, (16, 16), {"model_type": "gpt2"}, stored.config)
     torch.testing.assert_close(delta.T, layer.get_delta_weight("default"))
 

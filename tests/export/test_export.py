@@ -18,7 +18,7 @@ from loraloom.adapter.stored import open_adapter
 from loraloom.errors import InputError, RunFailedError
 from loraloom.export.export import export_adapter
 from loraloom.export.plan import best_approximation
-from loraloom.update.update import delta_weight
+from loraloom.update.update import Update
 
 TARGETS = ["q_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
@@ -193,7 +193,7 @@ def test_truncation_is_the_best_and_its_error_is_reported(pico_llama_dir, tmp_pa
     old, new = open_adapter(tmp_path / "a"), open_adapter(tmp_path / "b")
     squares = [0.0, 0.0]
     for layer in report.modules:
-        D, E = delta_weight(old.terms(layer.module)), delta_weight(new.terms(layer.module))
+        D, E = Update(old.terms(layer.module)).delta(), Update(new.terms(layer.module)).delta()
         S = torch.linalg.svdvals(D)
         assert layer.exported_rank == 2
         assert layer.error == pytest.approx(float((D - E).norm() / D.norm()), rel=1e-4)
@@ -224,7 +224,7 @@ def test_dora_needs_the_base_and_is_refused_above_one_percent(pico_llama_dir, tm
     new = open_adapter(tmp_path / "b")
     for module in new.modules:
         update = after[f"{module}.weight"] - before[f"{module}.weight"]
-        torch.testing.assert_close(delta_weight(new.terms(module)), update, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(Update(new.terms(module)).delta(), update, rtol=1e-4, atol=1e-5)
 
 
 def trained_merge(base, adapter):

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from loraloom.update import node as loom_autograd
 from loraloom.update.linear import adapted_linear, rescale
 from loraloom.update.terms import Term, fold, stack
-from loraloom.update.update import adapted_row_norm, delta_weight, squared_row_norm
+from loraloom.update.update import Update, row_norm
 from tests.tuner.support import assert_near
 
 TOKENS, IN, OUT, R = 5, 4, 6, 3
@@ -35,7 +35,7 @@ def tensors(mixer, gate, dora, bias, dtype=torch.float64, rank=R):
         leaf(OUT, IN),
         Term(leaf(rank, IN), leaf(OUT, rank), leaf(rank, rank) if mixer else None, leaf(1) if gate else None, 1.7),
     )
-    norm = (W + delta_weight([term])).norm(dim=1).detach() if dora else None
+    norm = (W + Update([term]).delta()).norm(dim=1).detach() if dora else None
     return leaf(TOKENS, IN), W, term, leaf(OUT) if dora else None, norm, leaf(OUT) if bias else None
 
 
@@ -119,7 +119,7 @@ def test_dropout_in_backward_uses_the_mask_of_the_forward(mixer, gate, dora, bia
     with torch.no_grad():
         z = output if magnitude is None else rescale(output, norm / magnitude, offset)
         low_rank = z - F.linear(x, W, offset)
-        dropped = low_rank @ torch.linalg.pinv(delta_weight([term])).T  # the low-rank path's input, IN <= rank, OUT
+        dropped = low_rank @ torch.linalg.pinv(Update([term]).delta()).T  # the low-rank path's input, IN <= rank, OUT
         mask = (dropped / x).round(decimals=6)
     assert set(mask.unique().tolist()) == {0.0, 2.0}
 
@@ -236,8 +236,8 @@ def test_stack_fold_and_delta_are_the_sum_of_the_products(sizes, mixers, gates, 
     )
     A, B = fold(terms)
     assert_near(B @ A, expected, torch.float32 if gates or len(sizes) > 1 else torch.float64)
-    assert_near(delta_weight(terms), B @ A)
-    assert_near(delta_weight([stack(terms)]), expected, torch.float32)
+    assert_near(Update(terms).delta(), B @ A)
+    assert_near(Update([stack(terms)]).delta(), expected, torch.float32)
 
 
 @settings(max_examples=40, deadline=None)
@@ -247,4 +247,4 @@ def test_the_factored_norm_is_the_norm(sizes, size, seed):
     A, B = (f.float() for f in fold(some_terms(sizes, True, True, seed)))
     B = B * size
     exact = (W.double() + B.double() @ A.double()).norm(dim=1)
-    assert_near(adapted_row_norm(W, squared_row_norm(W), A, B), exact, torch.float32, factor=10)
+    assert_near(row_norm(W, A, B), exact, torch.float32, factor=10)

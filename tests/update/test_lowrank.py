@@ -7,7 +7,7 @@ import torch
 
 from loraloom.update.lowrank import effective_rank, factored_svd, stable_rank, truncate
 from loraloom.update.terms import Term, fold
-from loraloom.update.update import delta_weight
+from loraloom.update.update import Update
 
 # r less than, between, and more than both sides.
 SHAPES = [(4, 30, 20), (4, 20, 30), (25, 20, 30), (40, 20, 30), (1, 5, 1)]
@@ -54,7 +54,7 @@ def test_a_sum_of_products_is_one_product():
     mixer, gate = torch.randn(3, 3, dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
     terms = [Term(*factors(3, 30, 20), mixer, gate, 2.0), Term(*factors(5, 30, 20), scaling=-0.5)]
     _, S, _ = factored_svd(*fold(terms))
-    torch.testing.assert_close(S, torch.linalg.svdvals(delta_weight(terms))[:8])
+    torch.testing.assert_close(S, torch.linalg.svdvals(Update(terms).delta())[:8])
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6, 100])

@@ -9,8 +9,7 @@ from torch import Tensor
 from loraloom.adapter.stored import CONV1D_MODELS, StoredAdapter, as_matrix, base_keys, stored_transposed
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import locate, open_checkpoint, read_json
-from loraloom.update.terms import compute_dtype
-from loraloom.update.update import delta_weight
+from loraloom.update.update import Update
 
 _EMBEDDING = re.compile(r".*embed\w*|wte|wpe")
 
@@ -64,10 +63,4 @@ def looks_like_embedding(module: str) -> bool:
 
 def weight_update(adapter: StoredAdapter, module: str, W: Tensor) -> Tensor:
     """What merging adds to W (out, in): ``D``, or with DoRA ``m (W + D) / rownorm(W + D) - W``, in at least float32."""
-    delta = delta_weight(adapter.terms(module))
-    magnitude = adapter.magnitude(module)
-    if magnitude is None:
-        return delta
-    W = W.to(compute_dtype(W, delta))
-    adapted = delta.to(W.dtype).add_(W)
-    return adapted.mul_((magnitude.to(W.dtype) / adapted.norm(dim=1))[:, None]).sub_(W)
+    return Update(adapter.terms(module), adapter.magnitude(module)).change(W)

@@ -16,7 +16,7 @@ from torch import Tensor
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
 from loraloom.update.composition import Composition, LayerComposition
-from loraloom.update.terms import Term
+from loraloom.update.terms import Term, scaling
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -98,7 +98,7 @@ class StoredAdapter:
         """s of one module: alpha / r, or alpha / sqrt(r) with rsLoRA, by the configuration's patterns."""
         r = pattern_value(self.config.get("rank_pattern"), module, self.config.get("r", 8))
         alpha = pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
-        return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+        return scaling(r, alpha, bool(self.config.get("use_rslora")))
 
     def part(self, module: str, part: str) -> Tensor | None:
         """One tensor of the module as it is stored, or None where the adapter has no such part."""

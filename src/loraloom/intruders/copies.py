@@ -7,7 +7,6 @@ with rows and columns of zeros to fill the rank, and the scale s as it was, what
 knows where an adapter is: in a model (:mod:`loraloom.adapter.live`) or in files (:mod:`loraloom.intruders.stored`).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,8 @@ from loraloom.adapter import stored as adapter
 from loraloom.intruders.find import LayerIntruders
 from loraloom.intruders.reduce import Rank, Scope, correction, reduced
 from loraloom.intruders.solvers.matrix import row_norms
-from loraloom.update.terms import Term, fold
+from loraloom.update.terms import Term, alpha_of, fold
+from loraloom.update.update import Update
 
 # LoRA initialisations of PEFT that change the base weight by an amount that depends on the rank.
 CHANGES_BASE = (*adapter.CHANGES_BASE, "mica")
@@ -66,8 +66,7 @@ class AdaptedLayer:
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:
         """W' (out, in) in float32."""
-        W, (A, B), m = self.weight().float(), self.factors(), self.magnitude()
-        return W + B @ A if m is None else (m.float() / row_norms(W, A, B))[:, None] * (W + B @ A)
+        return Update(self.terms(), self.magnitude()).adapted_weight(self.weight().float())
 
     def gate(self) -> float:
         """g, or 1 for an adapter without one."""
@@ -178,11 +177,5 @@ def patterns(layers: Sequence[AdaptedLayer], ranks: dict[str, int], use_rslora: 
     """rank_pattern and alpha_pattern of copies with these ranks and the same scales."""
     # Longest first: a pattern also matches names that end in it.
     layers = sorted(layers, key=lambda layer: len(layer.name), reverse=True)
-    alphas = {layer.name: _alpha(layer.scaling, ranks[layer.name], use_rslora) for layer in layers}
+    alphas = {layer.name: alpha_of(layer.scaling, ranks[layer.name], use_rslora) for layer in layers}
     return {"rank_pattern": {layer.name: ranks[layer.name] for layer in layers}, "alpha_pattern": alphas}
-
-
-def _alpha(scaling: float, rank: int, use_rslora: bool) -> float:
-    """The lora_alpha that gives a scale at a rank."""
-    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

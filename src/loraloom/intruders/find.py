@@ -22,6 +22,7 @@ from loraloom.intruders.solvers.matrix import RELATIVE_ZERO, AdaptedMatrix, Weig
 from loraloom.intruders.solvers.measure import decide
 from loraloom.intruders.solvers.topk import Triplets, top_singular
 from loraloom.update.lowrank import effective_rank, factored_svd, stable_rank
+from loraloom.update.update import row_scale
 
 # Up to this length of the shorter side a decomposition of W costs less than deciding without.
 _SMALL = 256
@@ -113,7 +114,7 @@ def analyse_matrix(
     if isinstance(W, Tensor):
         W = W.float()  # once, and not in every product
     A, B = A.to(W.device), B.to(W.device)
-    c = None if magnitude is None else magnitude.to(W.device).float() / row_norms(W, A, B)
+    c = None if magnitude is None else row_scale(magnitude.to(W.device).float(), row_norms(W, A, B))
     matrix = AdaptedMatrix(W, A, B, c)
     top, known_cosine = _first_triplets(matrix, base_left, top_k)
     left = base_left

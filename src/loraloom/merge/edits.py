@@ -19,6 +19,7 @@ from loraloom.adapter.stored import StoredAdapter
 from loraloom.errors import RunFailedError
 from loraloom.io.checkpoint import Checkpoint
 from loraloom.update.terms import compute_dtype, fold
+from loraloom.update.update import row_scale
 
 BLOCK = 2**22  # entries; in float32, with its copies, some 100 MB
 
@@ -142,7 +143,7 @@ class _Loaded:
             for start, stop in _spans(target.shape):
                 W = None if edit.replacement else base.rows(target.source, start, stop)  # type: ignore[arg-type]
                 squares += self._with_update(W, start, stop).double().square().sum(dim=0)
-            self.column_scale = (self.magnitude / squares.sqrt()).to(compute_dtype(self.magnitude))
+            self.column_scale = row_scale(self.magnitude, squares.sqrt()).to(compute_dtype(self.magnitude))
 
     def rows(self, W: Tensor | None, start: int, stop: int) -> Tensor:
         """The rows from start to stop of W_i, from those of W."""
@@ -152,7 +153,7 @@ class _Loaded:
         elif self.magnitude is not None:
             flat = adapted.flatten(1)
             norm = torch.linalg.vector_norm(flat, dim=1)
-            adapted = (flat * (self.magnitude[start:stop] / norm)[:, None]).reshape(adapted.shape)
+            adapted = (flat * row_scale(self.magnitude[start:stop], norm)[:, None]).reshape(adapted.shape)
         return adapted
 
     def _with_update(self, W: Tensor | None, start: int, stop: int) -> Tensor:

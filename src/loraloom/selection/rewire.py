@@ -20,6 +20,7 @@ from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.model import LoomModel
+from loraloom.update.terms import alpha_of, scaling
 
 
 def adapted_layers(model: PeftModel, adapter: str) -> dict[str, LoomLayer]:
@@ -185,11 +186,10 @@ def _pad(tensor: Tensor, shape: Iterable[int]) -> Tensor:
 
 
 def _set_rank(layer: LoomLayer, adapter: str, r: int, use_rslora: bool) -> None:
-    """The new rank, with the alpha that leaves the scale s = alpha / r, or alpha / sqrt(r), as it is."""
-    alpha = layer.lora_alpha[adapter] * (math.sqrt(r / layer.r[adapter]) if use_rslora else r / layer.r[adapter])
-    layer.r[adapter] = r
-    layer.lora_alpha[adapter] = int(alpha) if alpha == int(alpha) else alpha  # type: ignore[assignment]
-    layer.scaling[adapter] = alpha / (math.sqrt(r) if use_rslora else r)
+    """The new rank, with the alpha that leaves the scaling as it is."""
+    alpha = alpha_of(layer.scaling[adapter], r, use_rslora)
+    layer.r[adapter], layer.lora_alpha[adapter] = r, alpha
+    layer.scaling[adapter] = scaling(r, alpha, use_rslora)
 
 
 def _rewrite_config(model: PeftModel, adapter: str) -> None:

@@ -9,6 +9,7 @@ from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
 from loraloom.update.linear import rescale
 from loraloom.update.terms import fold
+from loraloom.update.update import row_scale
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -62,6 +63,6 @@ class LoomConv(LoomLayer):
                 z = z + delta.to(z.dtype).view(-1, *(1 for _ in kernel))
             magnitude = self.magnitude(name)
             if magnitude is not None:
-                z = rescale(z, magnitude / self.row_norm(name), base.bias, channels)
+                z = rescale(z, row_scale(magnitude, self.row_norm(name)), base.bias, channels)
             result = result + (z - base_out) if len(adapters) > 1 else z
         return result.to(base_out.dtype)

@@ -9,6 +9,7 @@ from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
 from loraloom.update.linear import rescale
 from loraloom.update.terms import scale
+from loraloom.update.update import row_scale
 
 
 class LoomEmbedding(LoomLayer):
@@ -59,6 +60,6 @@ class LoomEmbedding(LoomLayer):
                 z = z + F.linear(h, term.B) * multiplier
             magnitude = self.magnitude(name)
             if magnitude is not None:
-                z = rescale(z, magnitude / self.row_norm(name), None)
+                z = rescale(z, row_scale(magnitude, self.row_norm(name)), None)
             result = result + (z - base_out) if len(adapters) > 1 else z
         return result.to(base_out.dtype)

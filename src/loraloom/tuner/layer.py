@@ -4,7 +4,6 @@ A subclass says how its base weight looks as a matrix W (out, in) and how the lo
 Everything that changes weights is derived from the terms of :meth:`LoomLayer.terms`.
 """
 
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -19,8 +18,8 @@ from loraloom.tuner.peft_internals import check_adapters_to_merge, gather_params
 from loraloom.tuner.quantized import restore, snapshot
 from loraloom.tuner.row_norm import RowNormCache
 from loraloom.update.composition import LayerComposition
-from loraloom.update.terms import Term, compute_dtype, fold
-from loraloom.update.update import adapted_row_norm, delta_weight, squared_row_norm
+from loraloom.update.terms import Term, scaling
+from loraloom.update.update import Update
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
@@ -61,7 +60,7 @@ class LoomLayer(nn.Module, ComposedLayer):
         self.loom_member_bias = nn.ModuleDict()
         self.compositions: dict[str, LayerComposition] = {}
         self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.row_norms: dict[str, RowNormCache] = {}
@@ -100,7 +99,7 @@ class LoomLayer(nn.Module, ComposedLayer):
                 del getattr(self, attribute)[adapter_name]
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling[adapter_name] = scaling(r, lora_alpha, config.use_rslora)
         self.dropout[adapter_name] = config.lora_dropout
         shape_A, shape_B = self.factor_shapes(r)
         self.loom_lora_A[adapter_name] = Factor(torch.empty(shape_A, dtype=dtype))
@@ -141,7 +140,7 @@ class LoomLayer(nn.Module, ComposedLayer):
             self.factor("loom_anchor_B", adapter_name).copy_(B)
         magnitude = self.magnitude(adapter_name)
         if magnitude is not None:
-            magnitude.copy_(self._row_norm(adapter_name, self._unmerged_matrix()))
+            magnitude.copy_(self.update(adapter_name).row_norm(self._unmerged_matrix()))
 
     def factor(self, attribute: str, adapter_name: str) -> Tensor:
         """One of the adapter's tensors, as it is stored."""
@@ -190,6 +189,10 @@ class LoomLayer(nn.Module, ComposedLayer):
         """DoRA's m (out,), or None for an adapter without one."""
         return self.optional_factor("loom_lora_magnitude_vector", adapter_name)
 
+    def update(self, adapter_name: str) -> Update:
+        """What the adapter does to this layer, with live parameters."""
+        return Update(self.terms(adapter_name), self.magnitude(adapter_name), self.bias_delta(adapter_name))
+
     def row_norm(self, adapter_name: str) -> Tensor:
         """``rownorm(W + D)`` (out,) of a DoRA adapter, from its cache when nothing has changed."""
         parameter = self.get_base_layer().weight
@@ -205,20 +208,12 @@ class LoomLayer(nn.Module, ComposedLayer):
 
     # Deltas
 
-    def _row_norm(self, adapter_name: str, W: Tensor) -> Tensor:
-        return adapted_row_norm(W, squared_row_norm(W), *fold(self.terms(adapter_name)))
-
     def _adapted_matrix(self, adapters: Iterable[str], W: Tensor) -> Tensor:
         """W with the adapters applied, in at least float32; each refers to the W given, so their order is free."""
-        total = W.to(compute_dtype(W))
-        for i, name in enumerate(adapters):
-            magnitude = self.magnitude(name)
-            delta = delta_weight(self.terms(name))
-            if magnitude is None:
-                total = total + delta
-            else:
-                adapted = (magnitude / self._row_norm(name, W))[:, None] * delta.add_(W)
-                total = adapted if i == 0 else total + (adapted - W)
+        first, *others = adapters
+        total = self.update(first).adapted_weight(W)
+        for name in others:
+            total = total + self.update(name).change(W)
         return total
 
     @torch.no_grad()
@@ -228,12 +223,8 @@ class LoomLayer(nn.Module, ComposedLayer):
         Returns:
             A tensor in the adapter's dtype; for DoRA it includes the rescaling of W.
         """
-        if self.magnitude(adapter_name) is None:
-            delta = delta_weight(self.terms(adapter_name))
-        else:
-            W = self._unmerged_matrix()
-            delta = self._adapted_matrix([adapter_name], W) - W
-        return self.as_weight(delta).to(self.factor("loom_lora_A", adapter_name).dtype)
+        change = self.update(adapter_name).change(self._unmerged_matrix())
+        return self.as_weight(change).to(self.factor("loom_lora_A", adapter_name).dtype)
 
     # Merging
 

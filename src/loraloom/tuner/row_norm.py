@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraloom.update.terms import Term, fold
-from loraloom.update.update import adapted_row_norm, squared_row_norm
+from loraloom.update.update import row_norm, squared_row_norm
 
 _SAMPLES = 128  # entries of the base weight that are compared besides its address and version
 
@@ -45,7 +45,7 @@ class RowNormCache:
         use_cache = parameter.device.type == "cpu" and not torch.compiler.is_compiling()
         if not use_cache:
             W = weight()
-            return adapted_row_norm(W, squared_row_norm(W), *fold(terms))
+            return row_norm(W, *fold(terms))
 
         version = 0 if parameter.is_inference() else parameter._version  # inference tensors have none
         base = (parameter.data_ptr(), version, parameter.dtype, parameter.shape)
@@ -59,7 +59,7 @@ class RowNormCache:
         scalings = [term.scaling for term in terms]
         if self._norm is None or scalings != self._scalings or not _equal(parts, self._parts):
             with torch.inference_mode(False), torch.no_grad():  # a norm cached while generating is used in training
-                self._norm = adapted_row_norm(weight(), self._squared, *fold(terms))  # type: ignore[arg-type]
+                self._norm = row_norm(weight(), *fold(terms), self._squared)
             self._parts = [part.detach().clone() for part in parts]
             self._scalings = scalings
         return self._norm

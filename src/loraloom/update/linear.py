@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraloom.update.node import AdaptedLinear
 from loraloom.update.terms import Term, scale
+from loraloom.update.update import row_scale
 
 # Above this the node by hand, which works in one buffer of the output's size where autograd takes three, is the faster
 # way to DoRA, below it its Python costs more than that saves (measured on two CPU cores).
@@ -90,7 +91,7 @@ def _composed(
     else:
         z = torch.addmm(z, h, term.B.t(), alpha=alpha)
     if magnitude is not None and norm is not None:
-        c = magnitude / norm
+        c = row_scale(magnitude, norm)
         z = z * c if bias is None else torch.addcmul(bias, z, c)
     z = z.to(dtype)
     return z if x2 is x else z.view(*x.shape[:-1], z.shape[-1])

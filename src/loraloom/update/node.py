@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loraloom.update.update import row_scale
+
 # Where base and adapter differ in dtype, the work goes through blocks of rows, so that no float32 copy of a whole
 # (tokens, in) or (tokens, out) tensor is ever made. The dropout mask is drawn in the same blocks in both passes.
 _BLOCK_ROWS = 2048
@@ -70,7 +72,7 @@ class AdaptedLinear(torch.autograd.Function):
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
         factors = _factors(A, B, M, gate, scaling, dtype)
         mask = _masks(seed, dropout, x.device, dtype) if dropout else None
-        c = None if magnitude is None or norm is None else magnitude / norm
+        c = None if magnitude is None or norm is None else row_scale(magnitude, norm)
         if z.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
             h, y = _add_update(z, x, factors, mask, c, bias)
         else:
@@ -102,9 +104,9 @@ def _backward(ctx: Any, g: Tensor) -> tuple:
     grad_m: Any = None
     if dora:
         z, bias, magnitude, norm = dora
-        c = magnitude / norm
+        c = row_scale(magnitude, norm)
         product = g * z if g.dtype == c.dtype else g.to(c.dtype) * z
-        grad_m = (product.sum(0) / norm).to(magnitude.dtype)
+        grad_m = row_scale(product.sum(0), norm).to(magnitude.dtype)
         if needs_bias:
             grad_bias = grad_bias * (1 - c) if ctx.has_base_out else grad_bias
             grad_bias = grad_bias.to(bias.dtype)

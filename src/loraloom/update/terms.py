@@ -4,6 +4,7 @@ Shapes: A (r, in), M (r, r), B (out, r), g (1,) or (r,), D (out, in). M and g ar
 MoSLoRA 2406.11909 (M), WeightLoRA 2506.02724 (g).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,17 @@ class Term(NamedTuple):
     M: Tensor | None = None
     gate: Tensor | None = None
     scaling: float = 1.0
+
+
+def scaling(r: int, alpha: float, use_rslora: bool = False) -> float:
+    """``s = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (2312.03732)."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def alpha_of(scaling: float, r: int, use_rslora: bool = False) -> float:
+    """The alpha that gives a scaling at a rank: the inverse of :func:`scaling`; an integer where it is one."""
+    alpha = scaling * (math.sqrt(r) if use_rslora else r)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

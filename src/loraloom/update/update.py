@@ -1,20 +1,66 @@
-"""The adapted weight: ``W' = m * (W + D) / rownorm(W + D)``.
+"""The update of one module, and the weight that it makes: ``W' = m * (W + D) / rownorm(W + D)``, or ``W + D``.
 
-Shapes: W and D (out, in), m and rownorm (out,). Source: DoRA 2402.09353.
+Shapes: W and D (out, in), m and rownorm (out,). Source: DoRA 2402.09353. Nothing else divides by a row norm.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraloom.update.terms import Term, compute_dtype, fold
 
+# A row whose squared norm is under this share of ||W_i||^2 has cancelled. The expansion of row_norm adds numbers of
+# size s = ||W_i||^2 + ||D_i||^2, each to a few units u of float32. Above the share, s is at most 221 times the result,
+# so the norm has a relative error under 4 u * 221 / 2 = 3e-5.
+_CANCELLED = 1e-2
+_DIRECT_ROWS = 64
 
-def delta_weight(terms: Sequence[Term]) -> Tensor:
-    """The update D (out, in), in at least float32."""
-    A, B = fold(terms)
-    return B @ A
+
+class Update(NamedTuple):
+    """What an adapter does to one module.
+
+    Attributes:
+        terms: the low-rank update is their sum, ``D = sum_n g_n s_n B_n M_n A_n``.
+        magnitude: DoRA's m (out,), or None.
+        bias: what the update adds to the module's bias (out,), or None.
+    """
+
+    terms: Sequence[Term]
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R) with ``B A = D``, see :func:`loraloom.update.terms.fold`."""
+        return fold(self.terms)
+
+    def delta(self) -> Tensor:
+        """D (out, in), in at least float32."""
+        A, B = self.factors()
+        return B @ A
+
+    def row_norm(self, W: Tensor, W_squared: Tensor | None = None) -> Tensor:
+        """``||W_i + D_i||`` (out,) without forming D, see :func:`row_norm`."""
+        return row_norm(W, *self.factors(), W_squared)
+
+    def adapted_weight(self, W: Tensor) -> Tensor:
+        """W' (out, in), in at least float32."""
+        D = self.delta()
+        adapted = D + W.to(compute_dtype(W, D))
+        if self.magnitude is None:
+            return adapted
+        norm = torch.linalg.vector_norm(adapted.detach(), dim=1)
+        return adapted * row_scale(self.magnitude.to(norm.dtype), norm)[:, None]
+
+    def change(self, W: Tensor) -> Tensor:
+        """``W' - W`` (out, in), in at least float32: D, and with a magnitude the rescaling of W as well."""
+        return self.delta() if self.magnitude is None else self.adapted_weight(W) - W
+
+
+def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``c = m / norm`` (out,), and 0 where the norm is 0: a row of zeros stays one, whatever m is."""
+    return magnitude / norm.masked_fill(norm == 0, float("inf"))
 
 
 def squared_row_norm(W: Tensor) -> Tensor:
@@ -22,26 +68,39 @@ def squared_row_norm(W: Tensor) -> Tensor:
     return torch.linalg.vector_norm(W, dim=1, dtype=compute_dtype(W)).square()
 
 
-def adapted_row_norm(W: Tensor, W_squared: Tensor, A: Tensor, B: Tensor) -> Tensor:
+@torch.no_grad()
+def row_norm(W: Tensor, A: Tensor, B: Tensor, W_squared: Tensor | None = None) -> Tensor:
     """``||W_i + (B A)_i||`` for each row, without forming B A.
 
     ||W + B A||^2 = ||W||^2 + 2 rowsum((W A^T) * B) + rowsum((B (A A^T)) * B),
 
-    which costs O(out in r) in place of O(out in r) plus three passes over an (out, in) temporary. Where a row all but
-    cancels (under 1e-3 of the length it was made of) the expansion has lost its digits, so it is kept above zero and a
-    caller that divides by it stays finite.
+    which costs O(out in r) in place of O(out in r) plus three passes over an (out, in) temporary. The expansion has
+    lost its digits where a row all but cancels; those rows are added up and measured. An accelerator or a compiler must
+    not wait for their number: there it is always the 64 rows nearest to cancelling, and the others are kept off zero.
 
     Args:
         W: base weight (out, in).
-        W_squared: ``squared_row_norm(W)`` (out,).
-        A, B: folded factors (r, in) and (out, r), see :func:`fold`.
+        A, B: folded factors (r, in) and (out, r), see :func:`loraloom.update.terms.fold`.
+        W_squared: :func:`squared_row_norm` of W (out,), where it is known.
 
     Returns:
-        (out,) in at least float32, positive.
+        (out,) in at least float32, without gradient: to DoRA the norm is a constant. 0 for a row of zeros. Divide by it
+        with :func:`row_scale`.
     """
     dtype = compute_dtype(A, B)
+    W_squared = squared_row_norm(W) if W_squared is None else W_squared
     # A base in another dtype is converted a few rows at a time: no copy of W as a whole.
     blocks = [W] if W.dtype == dtype else W.split(1024)
     product = torch.cat([block.to(dtype) @ A.T for block in blocks])
-    cross = product.mul_(2).add_(B @ (A @ A.T)).mul_(B).sum(dim=1)
-    return (W_squared + cross).clamp_min_(torch.finfo(dtype).tiny).sqrt_()
+    squared = W_squared + product.mul_(2).add_(B @ (A @ A.T)).mul_(B).sum(dim=1)
+    cancelled = squared < _CANCELLED * W_squared
+    if W.device.type == "cpu" and not torch.compiler.is_compiling():
+        norm = squared.clamp_min_(0).sqrt_()
+        if not cancelled.any():
+            return norm
+        rows = cancelled.nonzero()[:, 0]
+    else:
+        norm = torch.maximum(squared, torch.finfo(dtype).eps * W_squared).sqrt_()
+        rows = (squared / W_squared).topk(min(_DIRECT_ROWS, len(W)), largest=False).indices
+    direct = [torch.linalg.vector_norm(torch.addmm(W[i].to(dtype), B[i], A), dim=1) for i in rows.split(1024)]
+    return norm.index_copy_(0, rows, torch.cat(direct).to(norm.dtype))

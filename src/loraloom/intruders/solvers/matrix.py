@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraloom.update.terms import compute_dtype
-from loraloom.update.update import adapted_row_norm
+from loraloom.update.update import row_norm
 
 TILE_ROWS = 1024
 # Singular values under this share of the largest count as zero: rounding of a float32 weight is about as large, and the
@@ -105,8 +105,5 @@ class AdaptedMatrix:
 
 
 def row_norms(W: Weight, A: Tensor, B: Tensor) -> Tensor:
-    """``||W_i + (B A)_i||`` of each row (out,), see :func:`loraloom.update.update.adapted_row_norm`."""
-    norms = [
-        adapted_row_norm(tile, tile.square().sum(dim=1), A, B[rows]) for rows, tile in tiles(W, compute_dtype(A, B))
-    ]
-    return torch.cat(norms)
+    """``||W_i + (B A)_i||`` of each row (out,), see :func:`loraloom.update.update.row_norm`."""
+    return torch.cat([row_norm(tile, A, B[rows]) for rows, tile in tiles(W, compute_dtype(A, B))])
