@@ -21,20 +21,10 @@ from typing import Any
 
 from torch import nn
 
-# The first part of the dotted name that is listed here decides; PEFT's names and ours.
-_GROUP_OF_PART = {
-    "loom_lora_A": "lora_A",
-    "loom_mixer": "lora_A",
-    "lora_A": "lora_A",
-    "lora_embedding_A": "lora_A",
-    "loom_lora_B": "lora_B",
-    "lora_B": "lora_B",
-    "lora_embedding_B": "lora_B",
-    "loom_gate_lora_magnitude_vector": "gates",
-    "loom_logits_lora_magnitude_vector": "logits",
-    "lora_magnitude_vector": "no_decay",
-    "modules_to_save": "heads",
-}
+from loraloom.update.parts import PARTS
+
+# The first component of the dotted name that is listed here decides; PEFT's names and ours.
+_GROUP_OF_KEY = {key: part.group for part in PARTS for key in part.keys if part.group} | {"modules_to_save": "heads"}
 _WITHOUT_DECAY = {"lora_A": "no_decay", "lora_B": "no_decay", "base": "no_decay", "heads": "heads_no_decay"}
 _ORDER = ("lora_A", "lora_B", "gates", "logits", "heads", "heads_no_decay", "base", "no_decay")
 
@@ -125,7 +115,7 @@ def format_param_groups(groups: Iterable[dict[str, Any]]) -> str:
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:
-    group = next((_GROUP_OF_PART[part] for part in name.split(".") if part in _GROUP_OF_PART), "base")
+    group = next((_GROUP_OF_KEY[key] for key in name.split(".") if key in _GROUP_OF_KEY), "base")
     return _WITHOUT_DECAY.get(group, group) if parameter.ndim < 2 else group
 
 
