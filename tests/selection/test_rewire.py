@@ -129,20 +129,20 @@ def test_folding_divides_the_moments_as_it_divides_the_gradient() -> None:
         optimizer.zero_grad()
         outputs_of = model(torch.arange(10).view(2, 5))
         outputs_of.square().mean().backward()
-        return {n: layer.factor("loom_lora_B", "default").grad for n, layer in adapted_layers(model, "default").items()}
+        return {n: layer.factor("B", "default").grad for n, layer in adapted_layers(model, "default").items()}
 
     gates = {n: float(gate(layer, "default").detach()) for n, layer in adapted_layers(model, "default").items()}
     assert any(g < 0 for g in gates.values())
     old = gradients()
     states = {
-        n: {k: v.clone() for k, v in optimizer.state[layer.factor("loom_lora_B", "default")].items()}
+        n: {k: v.clone() for k, v in optimizer.state[layer.factor("B", "default")].items()}
         for n, layer in adapted_layers(model, "default").items()
     }
     fold_gates(model, "default", optimizer)
     new = gradients()
     for name, layer in adapted_layers(model, "default").items():
         torch.testing.assert_close(new[name] * gates[name], old[name], rtol=1e-4, atol=1e-6)
-        state = optimizer.state[layer.factor("loom_lora_B", "default")]
+        state = optimizer.state[layer.factor("B", "default")]
         torch.testing.assert_close(state["exp_avg"] * gates[name], states[name]["exp_avg"])
         torch.testing.assert_close(state["exp_avg_sq"] * gates[name] ** 2, states[name]["exp_avg_sq"])
         assert state["step"] == states[name]["step"]
@@ -173,14 +173,14 @@ def test_expanded_factors_are_well_conditioned_and_orthogonal_to_the_old(seed: i
     model, optimizer = ready({})
     before = {}
     for name, layer in adapted_layers(model, "default").items():
-        attribute = "loom_lora_B" if name == "embed" else "loom_lora_A"
-        factor = layer.factor(attribute, "default").detach().flatten(1)
+        part = "B" if name == "embed" else "A"
+        factor = layer.factor(part, "default").detach().flatten(1)
         before[name] = factor.T.clone() if name == "embed" else factor.clone()
     ranks = {name: 5 for name in before}
     conditions = expand_ranks(model, "default", ranks, optimizer, seed)
     for name, layer in adapted_layers(model, "default").items():
-        attribute = "loom_lora_B" if name == "embed" else "loom_lora_A"
-        factor = layer.factor(attribute, "default").detach().flatten(1)
+        part = "B" if name == "embed" else "A"
+        factor = layer.factor(part, "default").detach().flatten(1)
         factor = factor.T if name == "embed" else factor
         assert torch.equal(factor[:2], before[name])
         new, size = factor[2:].double(), torch.linalg.vector_norm(before[name].double()) / math.sqrt(2)
@@ -191,7 +191,7 @@ def test_expanded_factors_are_well_conditioned_and_orthogonal_to_the_old(seed: i
         # No worse than it was: the new singular values lie between the old ones.
         assert float(torch.linalg.cond(factor)) == pytest.approx(float(torch.linalg.cond(before[name])), rel=1e-4)
         assert conditions[name] == pytest.approx(float(torch.linalg.cond(factor)), rel=1e-4)
-        other = layer.factor("loom_lora_A" if name == "embed" else "loom_lora_B", "default").detach().flatten(1)
+        other = layer.factor("A" if name == "embed" else "B", "default").detach().flatten(1)
         assert not (other[2:] if name == "embed" else other[:, 2:]).any()
         assert conditions[name] < 10
 

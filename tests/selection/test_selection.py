@@ -88,7 +88,7 @@ def test_a_dropped_adapter_does_not_move_until_it_is_chosen_again() -> None:
         returned += len(frozen - selection.frozen)
         if step == 12:  # bring one back by hand, as a large gradient would
             with torch.no_grad():
-                layers(model)[min(selection.frozen)].factor("loom_gate_lora_magnitude_vector", "default").fill_(50.0)
+                layers(model)[min(selection.frozen)].factor("gate", "default").fill_(50.0)
     assert moved
     assert returned
 

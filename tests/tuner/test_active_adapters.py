@@ -199,8 +199,8 @@ def test_safe_merge_refuses_what_the_dtype_of_the_base_cannot_hold():
     layer = model.get_base_model().target
     before = layer.base_layer.weight.detach().clone()
     with torch.no_grad():
-        layer.factor("loom_lora_A", "default").fill_(1e3)
-        layer.factor("loom_lora_B", "default").fill_(1e3)
+        layer.factor("A", "default").fill_(1e3)
+        layer.factor("B", "default").fill_(1e3)
     with pytest.raises(ValueError, match="infinity"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before)

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from loraloom import LoomConfig
 from tests.tuner.support import (
@@ -320,3 +321,24 @@ def test_two_models_that_share_a_base_layer_keep_separate_norms():
     expected = one(x).detach()
     two(x)
     assert torch.equal(one(x).detach(), expected)
+
+
+@pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm, orthogonal], ids=lambda f: f.__name__)
+def test_a_parametrized_weight_which_is_another_tensor_at_each_access(parametrize):
+    """Its address says nothing of its content: the allocator gives the same one again."""
+    torch.manual_seed(0)
+    base = make_base("linear")
+    base.target.double()
+    parametrize(base.target)
+    model = get_peft_model(base, LoomConfig(r=R, lora_alpha=ALPHA, use_dora=True, target_modules=["target"])).eval()
+    randomise(model)
+    layer, x = model.get_base_model().target, make_input("linear").double()
+    parts = {"use_rslora": False}
+    with torch.no_grad():
+        model(x)
+        for entry in range(20):
+            originals = [p for n, p in layer.base_layer.named_parameters() if "parametrizations" in n]
+            originals[-1].view(-1)[entry] += 0.5
+            W = layer.base_layer.weight.detach()
+            dense = Dense("linear", W.double(), layer.base_layer.bias.double())
+            assert_near(model(x), dense(x, dense.adapted_weight(adapter_tensors(model), parts)), torch.float32)

@@ -16,6 +16,7 @@ from loraloom.intruders.copies import AdaptedLayer, Parts, flat
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.peft_internals import BaseTunerLayer, resolve_quantization_backend
 from loraloom.tuner.quantized import prevent_cpu_repacking
+from loraloom.update.parts import LOOM
 from loraloom.update.terms import Term
 
 
@@ -42,9 +43,8 @@ class _Loom(LayerOfModel):
         return self.layer.base_matrix().detach()
 
     def parts(self) -> Parts:
-        names = (*self.layer.adapter_layer_names, "loom_anchor_A", "loom_anchor_B")
-        found = ((name, self.layer.optional_factor(name, self.adapter)) for name in names)
-        return {name: part for name, part in found if part is not None}
+        parts = self.layer.parts(self.adapter).items()
+        return {LOOM[name]: part for name, part in parts if name != "member_bias"}
 
     def terms(self) -> list[Term]:
         return self.layer.terms(self.adapter)
@@ -145,7 +145,7 @@ def adapted_layers(model: PeftModel, adapter: str) -> Iterator[LayerOfModel]:
 
 def _has(layer: Any, adapter: str) -> bool:
     if isinstance(layer, LoomLayer):
-        return adapter in layer.loom_lora_A
+        return layer.has_adapter(adapter)
     return isinstance(layer, lora.LoraLayer) and (adapter in layer.lora_A or adapter in layer.lora_embedding_A)
 
 

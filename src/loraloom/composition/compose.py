@@ -145,7 +145,7 @@ def _common_task(sources: Any) -> str | None:
 @torch.no_grad()
 def _fill(layer: LoomLayer, adapter_name: str, module: str, sources: list[Source], fixed: dict[str, float]) -> None:
     part = layer.compositions[adapter_name]
-    A, B = layer.factor("loom_lora_A", adapter_name), layer.factor("loom_lora_B", adapter_name)
+    A, B = layer.factor("A", adapter_name), layer.factor("B", adapter_name)
     start = 0
     for i, (source, rank) in enumerate(zip(sources, part.ranks, strict=True)):
         if not rank:
@@ -156,8 +156,8 @@ def _fill(layer: LoomLayer, adapter_name: str, module: str, sources: list[Source
         B[:, rows].copy_(B_n.reshape(B[:, rows].shape))
         bias = source.lora_bias(module)
         if bias is not None:
-            layer.factor("loom_member_bias", adapter_name)[i].copy_(bias)
+            layer.factor("member_bias", adapter_name)[i].copy_(bias)
         start += rank
     if fixed:
-        logits = layer.factor("loom_logits_lora_magnitude_vector", adapter_name)
+        logits = layer.factor("logits", adapter_name)
         logits.copy_(torch.tensor(list(fixed[name] for name in part.names)))

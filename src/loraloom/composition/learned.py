@@ -105,5 +105,5 @@ def composed_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
 
 
 def _weights(layer: LoomLayer, adapter_name: str) -> Tensor:
-    logits = layer.factor("loom_logits_lora_magnitude_vector", adapter_name)
+    logits = layer.factor("logits", adapter_name)
     return layer.compositions[adapter_name].weights(logits)

@@ -33,7 +33,7 @@ class LoadedAdapter:
         self.layers = {
             module: layer
             for module, layer in model.get_base_model().named_modules()
-            if isinstance(layer, LoomLayer) and name in layer.loom_lora_A
+            if isinstance(layer, LoomLayer) and layer.has_adapter(name)
         }
         self.modules = list(self.layers)
         self.name = name

@@ -102,7 +102,7 @@ def to_lora(
     layers = {
         module: layer
         for module, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoomLayer) and adapter_name in layer.loom_lora_A
+        if isinstance(layer, LoomLayer) and layer.has_adapter(adapter_name)
     }
     for module, layer in layers.items():
         if layer.magnitude(adapter_name) is not None:
@@ -167,8 +167,7 @@ def _add(model: PeftModel, name: str, source: str, layers: dict, factors: dict) 
     values = {"r": rank, "lora_alpha": rank, "target_modules": list(factors), "task_type": config.task_type}
     model.add_adapter(name, LoomConfig(**values))
     for module, layer in layers.items():
-        for attribute, value in zip(("loom_lora_A", "loom_lora_B"), factors[module], strict=True):
-            factor = layer.factor(attribute, name)
+        for factor, value in zip((layer.factor("A", name), layer.factor("B", name)), factors[module], strict=True):
             factor.copy_(value.reshape(factor.shape))
 
 
@@ -190,7 +189,7 @@ def _save(model: PeftModel, folder: Path, adapter_name: str, layers: dict, facto
     others = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {key: value for key, value in others.items() if ".loom_" not in key}
     for module, layer in layers.items():
-        key, dtype = f"base_model.model.{module}", layer.factor("loom_lora_A", adapter_name).dtype
+        key, dtype = f"base_model.model.{module}", layer.factor("A", adapter_name).dtype
         A, B = (factor.to(dtype) for factor in factors[module])
         if isinstance(layer.get_base_layer(), nn.Embedding):
             tensors |= {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}

@@ -20,7 +20,10 @@ from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.model import LoomModel
+from loraloom.update.parts import Name
 from loraloom.update.terms import alpha_of, scaling
+
+_WIDENED: tuple[Name, ...] = ("A", "B", "mixer")  # what expand_ranks gives another shape
 
 
 def adapted_layers(model: PeftModel, adapter: str) -> dict[str, LoomLayer]:
@@ -28,25 +31,24 @@ def adapted_layers(model: PeftModel, adapter: str) -> dict[str, LoomLayer]:
     return {
         name: module
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoomLayer) and adapter in module.loom_lora_A
+        if isinstance(module, LoomLayer) and module.has_adapter(adapter)
     }
 
 
 def factors(layer: LoomLayer, adapter: str) -> list[Tensor]:
     """A, B and the mixer of one layer's adapter: all of its trained tensors but the gate."""
-    parts = (layer.optional_factor(name, adapter) for name in ("loom_lora_A", "loom_lora_B", "loom_mixer"))
-    return [part for part in parts if part is not None]
+    return [part for name in _WIDENED if (part := layer.optional_factor(name, adapter)) is not None]
 
 
 def gate(layer: LoomLayer, adapter: str) -> Tensor | None:
     """The gate of one layer's adapter, if it has one."""
-    return layer.optional_factor("loom_gate_lora_magnitude_vector", adapter)
+    return layer.optional_factor("gate", adapter)
 
 
 def count_parameters(layer: LoomLayer, adapter: str, r: int) -> int:
     """How many parameters A, B and the mixer would have at rank r."""
     shape_A, shape_B = layer.factor_shapes(r)
-    return math.prod(shape_A) + math.prod(shape_B) + (r * r if adapter in layer.loom_mixer else 0)
+    return math.prod(shape_A) + math.prod(shape_B) + (r * r if adapter in layer.holder("mixer") else 0)
 
 
 def disconnect(model: PeftModel, adapter: str, names: Iterable[str], optimizer: Optimizer) -> None:
@@ -59,12 +61,8 @@ def disconnect(model: PeftModel, adapter: str, names: Iterable[str], optimizer: 
         layer = cast(LoomLayer, base.get_submodule(name))
         g = gate(layer, adapter)
         remove_parameters(optimizer, factors(layer, adapter) + ([] if g is None else [g]))
-        # Not layer.delete_adapter: it would activate another adapter of the layer in its place.
-        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
-            parts = getattr(layer, attribute)
-            if adapter in parts:
-                del parts[adapter]
-        if not layer.loom_lora_A:
+        layer.remove_adapter(adapter)
+        if not layer.holder("A"):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.base_layer)
     _rewrite_config(model, adapter)
@@ -79,16 +77,16 @@ def fold_gates(model: PeftModel, adapter: str, optimizer: Optimizer) -> None:
     for layer in adapted_layers(model, adapter).values():
         if (g := gate(layer, adapter)) is None:
             continue
-        B = layer.factor("loom_lora_B", adapter)
+        B = layer.factor("B", adapter)
         B.mul_(g)
-        if adapter in layer.loom_anchor_B:
-            layer.factor("loom_anchor_B", adapter).mul_(g)
+        if (anchor := layer.optional_factor("anchor_B", adapter)) is not None:
+            anchor.mul_(g)
         state = optimizer.state.get(B, {})
         for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
             if key in state:
                 state[key].div_(g**power)
         remove_parameters(optimizer, [g])
-        del layer.loom_gate_lora_magnitude_vector[adapter]
+        del layer.holder("gate")[adapter]
     _rewrite_config(model, adapter)
 
 
@@ -128,25 +126,25 @@ def expand_ranks(
     for name, r in ranks.items():
         layer, old = layers[name], layers[name].r[adapter]
         shape_A, shape_B = layer.factor_shapes(r)
-        A, B = layer.factor("loom_lora_A", adapter), layer.factor("loom_lora_B", adapter)
+        A, B = layer.factor("A", adapter), layer.factor("B", adapter)
         if isinstance(layer, LoomEmbedding):
             new_A, new_B = _pad(A, shape_A), _widen(B.flatten(1).T, r, generator).T
             conditions[name] = _condition(new_B)
         else:
             new_A, new_B = _widen(A.flatten(1), r, generator), _pad(B, shape_B)
             conditions[name] = _condition(new_A)
-        new = {"loom_lora_A": new_A.reshape(shape_A), "loom_lora_B": new_B.reshape(shape_B)}
-        if adapter in layer.loom_mixer:
-            new["loom_mixer"] = torch.eye(r)
-            new["loom_mixer"][:old, :old] = layer.factor("loom_mixer", adapter)
-        for attribute, value in new.items():
-            part = getattr(layer, attribute)[adapter]
+        new: dict[Name, Tensor] = {"A": new_A.reshape(shape_A), "B": new_B.reshape(shape_B)}
+        if (mixer := layer.optional_factor("mixer", adapter)) is not None:
+            new["mixer"] = torch.eye(r)
+            new["mixer"][:old, :old] = mixer
+        for part_name, value in new.items():
+            part: Any = layer.holder(part_name)[adapter]
             narrow = part.weight
             part.weight = nn.Parameter(value.to(narrow).contiguous(), requires_grad=narrow.requires_grad)
             replace_parameter(optimizer, narrow, part.weight, partial(_pad, shape=value.shape))
-        for attribute, shape in (("loom_anchor_A", shape_A), ("loom_anchor_B", shape_B)):
-            if adapter in getattr(layer, attribute):
-                anchor = getattr(layer, attribute)[adapter]
+        for anchors, shape in ((layer.holder("anchor_A"), shape_A), (layer.holder("anchor_B"), shape_B)):
+            if adapter in anchors:
+                anchor: Any = anchors[adapter]
                 anchor.weight = nn.Parameter(_pad(anchor.weight, shape), requires_grad=False)
         _set_rank(layer, adapter, r, cast(LoomConfig, model.peft_config[adapter]).use_rslora)
     _rewrite_config(model, adapter)
@@ -157,7 +155,7 @@ def largest_rank(layer: LoomLayer, adapter: str) -> int:
     """The rank up to which new directions orthogonal to the old ones exist, and the checkpoint loads."""
     shape_A, shape_B = layer.factor_shapes(1)
     sizes = math.prod(shape_A), math.prod(shape_B)
-    if adapter in layer.loom_anchor_A:  # PiSSA and OLoRA take their factors from the base weight
+    if adapter in layer.holder("anchor_A"):  # PiSSA and OLoRA take their factors from the base weight
         return min(sizes)
     return sizes[1] if isinstance(layer, LoomEmbedding) else sizes[0]
 

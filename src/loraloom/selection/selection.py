@@ -290,7 +290,7 @@ def _gated_adapter(model: PeftModel, optimizer: WeightAdam) -> str:
     gates = [gate(layer, adapter) for layer in layers.values()]
     if not gates or any(g is None for g in gates):
         raise ValueError(f"adapter {adapter!r} has no gates; make it with LoomConfig.weightlora(...)")
-    if any(adapter in layer.loom_lora_magnitude_vector for layer in layers.values()):
+    if any(layer.magnitude(adapter) is not None for layer in layers.values()):
         raise ValueError(
             f"adapter {adapter!r} uses DoRA, whose magnitude still rescales the weight when the gate is zero, so that "
             "disconnecting would change the model: set use_dora=False"

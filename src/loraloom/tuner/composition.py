@@ -29,12 +29,15 @@ class Factor(nn.Module):
 class ComposedLayer(BaseTunerLayer):
     """The part of a loom layer that compositions use; see `loraloom.update.composition`."""
 
-    loom_logits_lora_magnitude_vector: nn.ModuleDict
-    loom_member_bias: nn.ModuleDict
     compositions: dict[str, LayerComposition]
+    holder: Any
     factor: Any
     optional_factor: Any
     _move_adapter_to_device_of_base_layer: Any
+
+    def get_base_layer(self) -> Any:
+        """The wrapped layer."""
+        return super().get_base_layer()
 
     def add_composition(self, adapter_name: str, composition: Composition, module: str) -> None:
         """Makes an adapter, just added with rank ``sum(composition.ranks[module])``, a composition with equal weights.
@@ -42,11 +45,11 @@ class ComposedLayer(BaseTunerLayer):
         Its factors are zero until :func:`loraloom.compose` or a checkpoint fills them.
         """
         part = self.compositions[adapter_name] = LayerComposition(composition, module)
-        A, B = self.factor("loom_lora_A", adapter_name), self.factor("loom_lora_B", adapter_name)
-        self.loom_logits_lora_magnitude_vector[adapter_name] = Factor(part.start(), trainable=A.requires_grad)
+        A, B = self.factor("A", adapter_name), self.factor("B", adapter_name)
+        self.holder("logits")[adapter_name] = Factor(part.start(), trainable=A.requires_grad)
         if module in composition.biased:
             bias = torch.zeros(len(part.ranks), B.shape[0], dtype=A.dtype)
-            self.loom_member_bias[adapter_name] = Factor(bias, trainable=False)
+            self.holder("member_bias")[adapter_name] = Factor(bias, trainable=False)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._freeze_members()
 
@@ -62,14 +65,13 @@ class ComposedLayer(BaseTunerLayer):
 
     def _freeze_members(self) -> None:
         for name, part in self.compositions.items():
-            frozen = ["loom_lora_A", "loom_lora_B", *([] if part.trainable else ["loom_logits_lora_magnitude_vector"])]
-            for attribute in frozen:
-                getattr(self, attribute)[name].requires_grad_(False)
+            for frozen in ["A", "B", *([] if part.trainable else ["logits"])]:
+                self.holder(frozen)[name].requires_grad_(False)
 
     def bias_delta(self, adapter_name: str) -> Tensor | None:
         """What a composition adds to the bias (out,), or None where no member adds to it."""
-        biases = self.optional_factor("loom_member_bias", adapter_name)
+        biases = self.optional_factor("member_bias", adapter_name)
         if biases is None:
             return None
-        logits = self.factor("loom_logits_lora_magnitude_vector", adapter_name)
+        logits = self.factor("logits", adapter_name)
         return self.compositions[adapter_name].weights(logits).to(biases.dtype) @ biases

@@ -70,7 +70,7 @@ class LoomModel(BaseTuner):
         for module in composition.ranks:
             groups.setdefault(composition.group(module), []).append(model.get_submodule(module))  # type: ignore[arg-type]
         for layers in groups.values():
-            tie = Tie([layer.loom_logits_lora_magnitude_vector[adapter_name] for layer in layers])
+            tie = Tie([layer.holder("logits")[adapter_name] for layer in layers])
             for layer in layers:
                 layer.compositions[adapter_name].tie = tie
 
@@ -153,7 +153,7 @@ class LoomModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names works in eval mode only: call model.eval() first.")
-        known = {name for layer in self.modules() if isinstance(layer, LoomLayer) for name in layer.loom_lora_A}
+        known = {name for layer in self.modules() if isinstance(layer, LoomLayer) for name in layer.holder("A")}
         unknown = sorted({*names} - known - {BASE})
         if unknown:
             raise ValueError(f"adapter_names has {unknown}; the model's adapters are {sorted(known)} and {BASE!r}.")

@@ -33,19 +33,18 @@ class RowNormCache:
         self._norm: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, parameter: Tensor, weight: Callable[[], Tensor], terms: Sequence[Term]) -> Tensor:
+    def __call__(self, parameter: Tensor | None, weight: Callable[[], Tensor], terms: Sequence[Term]) -> Tensor:
         """``rownorm(W + D)`` (out,), in at least float32, without gradient.
 
         Args:
             parameter: the stored base weight, possibly quantised; only its identity and some entries are looked at.
+                None where there is no such tensor: then the norm is computed every time.
             weight: gives the base weight W (out, in); called when a norm has to be computed.
             terms: what D is the sum of.
         """
         # A compiler would bake a cached norm into its graph.
-        use_cache = parameter.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not use_cache:
-            W = weight()
-            return row_norm(W, *fold(terms))
+        if parameter is None or parameter.device.type != "cpu" or torch.compiler.is_compiling():
+            return row_norm(weight(), *fold(terms))
 
         version = 0 if parameter.is_inference() else parameter._version  # inference tensors have none
         base = (parameter.data_ptr(), version, parameter.dtype, parameter.shape)

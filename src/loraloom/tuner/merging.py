@@ -1,0 +1,131 @@
+"""Merging adapters into the base weight, and giving the weight back bit for bit."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.tuner.composition import ComposedLayer
+from loraloom.tuner.peft_internals import check_adapters_to_merge
+from loraloom.tuner.quantized import restore, snapshot
+from loraloom.tuner.row_norm import RowNormCache
+
+
+class MergingLayer(ComposedLayer):
+    """The part of a loom layer that merges. Merging in memory adds what :meth:`get_delta_weight` gives."""
+
+    base_layer: Any
+    quantization_backend: Any
+    row_norms: dict[str, RowNormCache]
+    merged_adapters: list[str]
+    update: Any
+    as_matrix: Any
+    as_weight: Any
+    base_matrix: Any
+    has_adapter: Any
+    _unmerged: Any = None
+    """The base weight as it was before merging."""
+    _unmerged_bias: Tensor | None = None
+
+    def _adapted_matrix(self, adapters: Iterable[str], W: Tensor) -> Tensor:
+        """W with the adapters applied, in at least float32; each refers to the W given, so their order is free."""
+        first, *others = adapters
+        total = self.update(first).adapted_weight(W)
+        for name in others:
+            total = total + self.update(name).change(W)
+        return total
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What merging this adapter alone adds to the base weight, in the base weight's shape.
+
+        Returns:
+            A tensor in the adapter's dtype; for DoRA it includes the rescaling of W.
+        """
+        change = self.update(adapter_name).change(self._unmerged_matrix())
+        return self.as_weight(change).to(self.factor("A", adapter_name).dtype)
+
+    def _unmerged_matrix(self) -> Tensor:
+        if self._unmerged is None:
+            return self.base_matrix()
+        if self.quantization_backend is None:
+            return self.as_matrix(self._unmerged.to(self.get_base_layer().weight.device))
+        merged, self.base_layer = snapshot(self.get_base_layer()), restore(self._unmerged)
+        matrix = self.base_matrix()
+        self.base_layer = restore(merged)
+        return matrix
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into the base weight, which :meth:`unmerge` gives back bit for bit.
+
+        For that the weight before merging is kept: a copy (in host memory) of a floating-point weight, the
+        quantised weight itself otherwise. Merging into a quantised weight quantises the result anew.
+
+        Args:
+            safe_merge: check the result for NaN and infinity before anything is changed.
+            adapter_names: the adapters; None merges the active ones.
+
+        Raises:
+            ValueError: with ``safe_merge``, the result is not finite.
+            TypeError: the quantisation backend cannot merge.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if not names:
+            return
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"Merging into a base quantised by {backend.backend_name} is not supported: load it in bf16."
+            )
+        merged = self._adapted_matrix([*self.merged_adapters, *names], self._unmerged_matrix())
+        merged = self.as_weight(merged).to(self.get_base_weight().dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"Merging {', '.join(names)} gives NaN or infinity, so nothing was changed.")
+        self._merge_bias([*self.merged_adapters, *names])
+        weight = self.get_base_layer().weight
+        if backend is None:
+            if self._unmerged is None:
+                self._unmerged = weight.detach().to("cpu", copy=True)
+            weight.copy_(merged)
+        else:
+            if self._unmerged is None:
+                self._unmerged = snapshot(self.get_base_layer())
+            self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+        self._base_changed()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Gives the base weight back as it was before :meth:`merge`, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.quantization_backend is None:
+            self.get_base_layer().weight.copy_(self._unmerged)
+        else:
+            self.base_layer = restore(self._unmerged)
+        if self._unmerged_bias is not None:
+            self.get_base_layer().bias.copy_(self._unmerged_bias)
+        self._unmerged = self._unmerged_bias = None
+        self.merged_adapters.clear()
+        self._base_changed()
+
+    def _merge_bias(self, adapters: list[str]) -> None:
+        deltas = [delta for delta in map(self.bias_delta, adapters) if delta is not None]
+        if not deltas:
+            return
+        bias = self.get_base_layer().bias
+        if bias is None:
+            raise ValueError(
+                "The adapter adds to the bias of a layer that has none, so it cannot be merged: use it as it is."
+            )
+        if self._unmerged_bias is None:
+            self._unmerged_bias = bias.detach().clone()
+        bias.copy_(self._unmerged_bias + sum(deltas))
+
+    def _base_changed(self) -> None:
+        for cache in self.row_norms.values():
+            cache.clear()
