@@ -22,7 +22,7 @@ import torch
 
 from loraloom.errors import RunFailedError
 from loraloom.report import Lines, Series
-from loraloom.report.png import DPI, picture
+from loraloom.report.png import picture
 from loraloom.training.config import RunConfig
 from loraloom.training.evaluate import sweep_saved
 from loraloom.training.loading import build_config
@@ -101,10 +101,10 @@ def figure(results: list[dict[str, Any]], rate: float) -> Lines:
     scales = [seeds[0]["scale"] for seeds in points]
     curves = [
         Series(label, scales, [statistics.mean(point["metrics"][name] for point in seeds) for seeds in points])
-        for name, label in zip(SHOWN, ("task (TREC)", "retention (docstrings)"), strict=True)
+        for name, label in zip(SHOWN, ("task", "retention"), strict=True)
     ]
     before = statistics.mean(row["retention"]["before"]["accuracy"] for row in rows)
-    return Lines("scale of the intruders", "accuracy", curves, references={"retention before training": before})
+    return Lines("scale of the intruders", "accuracy", curves, references={"before training": before})
 
 
 def spread(values: list[float]) -> str:
@@ -140,7 +140,7 @@ def main() -> None:
     print(table(results))
     if arguments.picture:
         drawn = picture(figure(results, arguments.drawn), f"Intruders scaled down, learning rate {arguments.drawn:g}")
-        drawn.savefig(arguments.picture, dpi=DPI)
+        Path(arguments.picture).write_bytes(drawn)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,75 @@ def full_report():
             Lines("step", "loss", curves, references={"baseline": 1.0}, events=[Event("dropped", 700)]),
         ),
         Section("Rates", "", Lines("rate", "loss", [Series("a", [1e-4, 1e-2], [0.1, 10])], log_x=True, log_y=True)),
+        Section(
+            "Seeds",
+            "",
+            Lines(
+                "step",
+                "accuracy",
+                [
+                    Series(f"method {i}", [0, 100, 1e5], [0.1, 0.5, 0.9 - i / 50], points=[(1e5, 0.8), (1e5, 1.02)])
+                    for i in range(3)
+                ],
+            ),
+        ),
+        Section(
+            "Many",
+            "",
+            Lines(
+                "step",
+                "y",
+                [Series(f"a long name {i}", [0, 1], [0.1, 0.5 + i / 500]) for i in range(20)],
+                events=[Event(f"{i} adapters were dropped", i / 12) for i in range(12)],
+            ),
+        ),
         Section("Gates", "", heatmap(32)),
         Section("Differences", "", heatmap(6, signed=True, columns=["attention.output.dense", "intermediate.dense"])),
         Section("Gates over time", "", heatmap(36, columns=time)),
         Section("Memory", "", Bars("peak", ["LoRA", HOSTILE, "full"], [1e9, 2e9, None], [1e8, None, None], "bytes")),
-        Section("Points", "", Bars("accuracy", ["a", "b", "c"], [0.9, 0.91, None], [0.01, 0, None], from_zero=False)),
+        Section(
+            "Points",
+            "",
+            Bars(
+                "accuracy",
+                ["a", "b", "c"],
+                [0.9, 0.91, None],
+                [0.01, 0, None],
+                from_zero=False,
+                samples=[[0.8, 0.95], [0.91], []],
+            ),
+        ),
         Section("Below zero", "", Bars("difference", ["a", "b"], [-0.5, 0.25])),
         Section(
             "Trade-off", "", Scatter("kept", "gained", [Point(f"λ = {i / 9:.1f}", i, -i * i) for i in range(10)], True)
+        ),
+        Section(
+            "Two sweeps",
+            "",
+            Scatter(
+                "kept",
+                "gained",
+                [Point(f"{i / 4:.2f}", i, -i * (j + 1), ["scaled", "rewound"][j]) for i in range(5) for j in range(2)],
+                True,
+            ),
+        ),
+        Section(
+            "Confusion",
+            "",
+            Heatmap(
+                "true",
+                "predicted",
+                [f"a class {i}" for i in range(14)],
+                [f"a class {i}" for i in range(14)],
+                [[float((i * j) % 50) for j in range(14)] for i in range(14)],
+                "rows",
+            ),
+        ),
+        Section(
+            "Folded",
+            "",
+            table=Table(["key", "value"], [["a", "b"]]),
+            folded=Table(["key", "value"], [["c", HOSTILE]], "All keys"),
         ),
         Section(HOSTILE, HOSTILE, table=Table([HOSTILE, "b", "c", "d", "e"], [[LONG_PATH, 1, 0.5, None, HOSTILE]] * 9)),
         Section("Words alone", "No figure and no table."),

@@ -16,6 +16,15 @@ OUTSIDE = """[...document.querySelectorAll('body *')].filter(e => !e.closest('.s
     .map(e => [e.tagName, (e.textContent || '').slice(0, 30), e.getBoundingClientRect()])
     .filter(([, , box]) => box.width > 0 && (box.right > WIDTH + 0.5 || box.left < -0.5))
     .map(([tag, text]) => tag + ' ' + text)"""
+# Words of a figure that leave its margins, or lie above or below it.
+UNREADABLE = """[...document.querySelectorAll('svg.figure')].flatMap(s => {
+    const style = getComputedStyle(s), box = s.getBoundingClientRect();
+    const [left, right] = [box.left - parseFloat(style.marginLeft), box.right + parseFloat(style.marginRight)];
+    const [top, bottom] = [box.top - parseFloat(style.marginTop), box.bottom + parseFloat(style.marginBottom)];
+    return [...s.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])
+        .filter(([, b]) => b.width > 0)
+        .filter(([, b]) => b.left < left - 8 || b.right > right + 8 || b.top < top - 4 || b.bottom > bottom + 4)
+        .map(([text, b]) => [text, b.left - left, b.right - right, b.top - top, b.bottom - bottom])})"""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,8 @@ def test_it_fits_and_shows_its_pictures(browser, report_page, width, scheme):
         "[...document.querySelectorAll('svg.figure')].map(s => { const b = s.getBoundingClientRect();"
         "return [b.width, b.height, s.querySelectorAll('path, rect, circle').length] })"
     )
-    assert len(boxes) == 9
+    assert len(boxes) == sum(section.figure is not None for section in full_report().sections)
+    assert browser.evaluate(UNREADABLE) == []
     for box_width, box_height, marks in boxes:
         assert box_width >= 150
         assert box_height >= 60

@@ -1,4 +1,4 @@
-"""Reports: one `Report` as data, then report.json, one HTML page, pictures and the terminal from it."""
+"""Reports: one `Report` as data, then report.json, one HTML page and pictures from it."""
 
 from loraloom.report.model import (
     Bars,
@@ -14,12 +14,9 @@ from loraloom.report.model import (
     Series,
     Table,
 )
-from loraloom.report.schema import SCHEMA_VERSION, from_dict, load_report, to_dict
-from loraloom.report.terminal import render_terminal
 from loraloom.report.write import Written, write_report
 
 __all__ = [
-    "SCHEMA_VERSION",
     "Bars",
     "Event",
     "Fact",
@@ -33,9 +30,5 @@ __all__ = [
     "Series",
     "Table",
     "Written",
-    "from_dict",
-    "load_report",
-    "render_terminal",
-    "to_dict",
     "write_report",
 ]

@@ -9,10 +9,10 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from loraloom.report.describe import figure_table, table_texts
-from loraloom.report.model import Cell, Heatmap, Report, Section, Table
+from loraloom.report.model import Bars, Cell, Heatmap, Report, Section, Table
 from loraloom.report.palette import DARK, LIGHT, Palette, variables
 from loraloom.report.scale import MINUS, MISSING
-from loraloom.report.svg import figure_svg
+from loraloom.report.svg import figure_css, inline_svg
 
 TILES = 4  # facts set large
 MAX_ROWS = 240  # of a table on the page; a longer one shows evenly spaced rows of it
@@ -40,8 +40,9 @@ class _Part:
     table: _Shown | None
     beside: bool
     """Figure and table share a row where the page is wide enough."""
-    folded: bool
+    hidden: bool
     """The table repeats what the figure already writes out, so it opens on demand."""
+    folded: _Shown | None
 
 
 def render_html(report: Report) -> str:
@@ -67,37 +68,27 @@ def render_html(report: Report) -> str:
 def _css() -> str:
     light, dark = (_rules(palette) for palette in (LIGHT, DARK))
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{style}{_classes()}"
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{figure_css()}\n{style}"
 
 
 def _rules(palette: Palette) -> str:
     return " ".join(f"--{name}: {colour};" for name, colour in variables(palette).items())
 
 
-def _classes() -> str:
-    """One class per colour: `s0` is a series' fill and stroke, `q3` a cell's fill, `q3-ink` the text on it."""
-    rules = []
-    for name in variables(LIGHT):
-        if name[0] in "qd" and name[1].isdigit():
-            rules.append(f"svg .{name} {{ fill: var(--{name}); }}")
-        elif name[0] == "s" and name[1:].isdigit():
-            rules.append(f"svg .{name} {{ fill: var(--{name}); }} svg path.{name} {{ stroke: var(--{name}); }}")
-    return "\n".join(rules)
-
-
 def _part(section: Section, name: str) -> _Part:
     figure = section.figure
     table = section.table or (figure_table(figure) if figure is not None else None)
-    svg = None if figure is None else Markup(figure_svg(figure, section.title, f"{name}-figure"))
-    heatmap = isinstance(figure, Heatmap)
+    svg = None if figure is None else Markup(inline_svg(figure, section.title, f"{name}-figure"))
+    hidden = isinstance(figure, Heatmap | Bars) and section.table is None
     return _Part(
         name=name,
         title=section.title,
         note=section.note,
         svg=svg,
         table=None if table is None else _shown(table),
-        beside=svg is not None and table is not None and len(table.columns) <= COLUMNS_BESIDE and not heatmap,
-        folded=heatmap and section.table is None,
+        beside=svg is not None and table is not None and len(table.columns) <= COLUMNS_BESIDE and not hidden,
+        hidden=hidden,
+        folded=None if section.folded is None else _shown(section.folded),
     )
 
 

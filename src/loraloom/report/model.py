@@ -30,6 +30,8 @@ class Series:
     x: list[float]
     y: list[float | None]
     """None leaves a gap."""
+    points: list[tuple[float, float]] = field(default_factory=list)
+    """Single results that the line is the mean of, (x, y) each: one per seed."""
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -62,7 +64,8 @@ class Lines:
 
     def __post_init__(self) -> None:
         for series in self.series:
-            for axis, log, values in (("x", self.log_x, series.x), ("y", self.log_y, series.y)):
+            xs, ys = [*series.x, *(x for x, _ in series.points)], [*series.y, *(y for _, y in series.points)]
+            for axis, log, values in (("x", self.log_x, xs), ("y", self.log_y, ys)):
                 lowest = min((value for value in values if value is not None), default=1.0)
                 if log and lowest <= 0:
                     raise ValueError(
@@ -113,12 +116,14 @@ class Bars:
     """"bytes", "s", "%" or any other, shown behind each value; "bytes" is made readable."""
     from_zero: bool = True
     """False shows points on an axis around the values, for differences that bars from zero would hide."""
+    samples: list[list[float]] | None = None
+    """Single results behind each value: one per seed."""
     kind: str = "bars"
 
     def __post_init__(self) -> None:
-        counts = [len(self.labels), len(self.values), len(self.values if self.errors is None else self.errors)]
-        if len(set(counts)) > 1:
-            raise ValueError("{} labels, {} values and {} errors; expected as many".format(*counts))
+        for name, given in (("values", self.values), ("samples", self.samples), ("errors", self.errors)):
+            if given is not None and len(given) != len(self.labels):
+                raise ValueError(f"{len(self.labels)} labels and {len(given)} {name}; expected as many")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,8 @@ class Point:
     label: str
     x: float
     y: float
+    group: str = ""
+    """Points of a group share a colour, and a line if they are connected."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class Scatter:
     y_label: str
     points: list[Point]
     connected: bool = False
-    """Join the points in their order, where they are steps of one sweep."""
+    """Join the points of each group in their order, where they are steps of one sweep."""
     kind: str = "scatter"
 
 
@@ -169,6 +176,8 @@ class Section:
     figure: Figure | None = None
     table: Table | None = None
     """Default: the figure's own numbers, so that every picture has a table beside it."""
+    folded: Table | None = None
+    """A table that opens on demand; its caption is its heading."""
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,11 @@ def linear_axis(values: Sequence[float], *, tight: bool = False, count: int = 5)
 
 
 def log_axis(values: Sequence[float]) -> Axis:
-    """A logarithmic axis over positive values: ticks at powers of ten, or at 1, 2, 5 where there are few of those."""
+    """A logarithmic axis over positive values: ticks at powers of ten, or at 1, 2, 5 over less than two of those."""
     low, high = (min(values), max(values)) if values else (1.0, 10.0)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = range(first, max(last, first + 1) + 1)
-    multiples = (1,) if math.log10(high / low) > 3 else (1, 2, 5)
+    multiples = (1, 2, 5) if math.log10(high / low) < 1.7 else (1,)
     candidates = [m * 10.0**power for power in decades for m in multiples]
     start = max((tick for tick in candidates if tick <= low * 1.0001), default=candidates[0])
     end = min((tick for tick in candidates if tick >= high * 0.9999), default=candidates[-1])

@@ -10,9 +10,9 @@ from pathlib import Path
 from loraloom.io.files import write_text_atomically
 from loraloom.provenance import installed_versions
 from loraloom.report.model import Report
-from loraloom.report.schema import to_dict
 
 JSON, PAGE = "report.json", "report.html"
+SCHEMA_VERSION = 1
 INSTALL = "pip install 'loraloom[report]'"
 
 
@@ -24,7 +24,7 @@ class Written:
     page: Path | None
     """None without jinja2."""
     pictures: list[Path]
-    """Empty without matplotlib."""
+    """Empty without resvg-py."""
     missing: str = ""
     """What could not be drawn and how to install it, in one line; empty if nothing is missing."""
 
@@ -48,7 +48,8 @@ def write_report(report: Report, directory: str | Path) -> Written:
         versions=report.versions or installed_versions(),
     )
     data = directory / JSON
-    write_text_atomically(data, json.dumps(to_dict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(report)}
+    write_text_atomically(data, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     page, pictures, missing = None, [], []
     try:
         from loraloom.report.html import render_html
@@ -73,6 +74,6 @@ def slug(title: str) -> str:
 
 def _missing(what: str, error: ModuleNotFoundError) -> str:
     package = str(error.name).partition(".")[0]
-    if package not in ("jinja2", "markupsafe", "matplotlib"):
+    if package not in ("jinja2", "markupsafe", "resvg_py"):
         raise error
-    return f"{what} need{'s' if what == 'the page' else ''} {package}: {INSTALL}"
+    return f"{what} need{'s' if what == 'the page' else ''} {package.replace('_', '-')}: {INSTALL}"

@@ -1,11 +1,12 @@
 """Comparisons, intruders, inspection and merges: what their dicts say is on the page, missing values included."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from loraloom.report import Scatter, from_dict, render_terminal, to_dict
+from loraloom.report import Scatter
 from loraloom.report.builders import (
     by_layer,
     comparison_report,
@@ -63,10 +64,9 @@ def comparison(**changes):
 
 
 def sections(report):
-    """By title; the report also survives its JSON and both renderers."""
-    assert from_dict(json.loads(json.dumps(to_dict(report)))) == report
+    """By title; the report is also JSON, and a page with all of them."""
+    json.dumps(dataclasses.asdict(report), allow_nan=False)
     assert page(report).count("<section") == len(report.sections)
-    assert render_terminal(report)
     return {section.title: section for section in report.sections}
 
 
