@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loraloom.optim import GaLore, state_bytes
+from loraloom.optim import APOLLO, Fira, GaLore, state_bytes
 from loraloom.optim.galore.bases import project, sides_of, subspace_bases, svd_bases
 from loraloom.training.model import model_path
 from loraloom.training.stdlib_docstrings import stdlib_docstrings
@@ -121,8 +121,8 @@ def step(width: int = 768, gap: int = 200) -> list[dict[str, Any]]:
             lr=1e-3, no_deprecation_warning=True,
         ),
         "GaLore": lambda w: GaLore(w, lr=1e-3, rank=RANK, update_gap=gap),
-        "Fira": lambda w: GaLore(w, lr=1e-3, rank=RANK, update_gap=gap, residual=True),
-        "APOLLO": lambda w: GaLore(w, lr=1e-3, rank=RANK, update_gap=gap, refresh="random", scale=1.0),
+        "Fira": lambda w: Fira(w, lr=1e-3, rank=RANK, update_gap=gap),
+        "APOLLO": lambda w: APOLLO(w, lr=1e-3, rank=RANK, update_gap=gap),
     }  # fmt: skip
     optimizers = {}
     for name, build in make.items():

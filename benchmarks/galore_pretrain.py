@@ -30,18 +30,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraloom import LoomConfig
 from loraloom.io.files import write_text_atomically
-from loraloom.optim import GaLore, build_param_groups, project_groups, state_bytes
+from loraloom.optim import APOLLO, Fira, GaLore, build_param_groups, project_groups, state_bytes
 
 RANK, UPDATE_GAP, ROWS, LENGTH = 32, 50, 8, 128
 REST_RATE = 1e-2  # of embeddings, output and norms
-# The first guess of the matrices' rate, and the options of `GaLore`.
-METHODS: dict[str, tuple[float, dict[str, Any]]] = {
-    "AdamW": (4e-3, {}),
-    "GaLore svd": (1.6e-2, {"refresh": "svd", "stagger": False}),
-    "GaLore subspace": (1.6e-2, {"refresh": "subspace"}),
-    "Fira": (1.6e-2, {"residual": True}),
-    "APOLLO": (8e-3, {"refresh": "random", "scale": 1.0}),
-    "LoRA": (8e-3, {}),
+# The first guess of the matrices' rate, the optimizer of a projected method, and its options.
+METHODS: dict[str, tuple[float, Any, dict[str, Any]]] = {
+    "AdamW": (4e-3, None, {}),
+    "GaLore svd": (1.6e-2, GaLore, {"refresh": "svd", "stagger": False}),
+    "GaLore subspace": (1.6e-2, GaLore, {"refresh": "subspace"}),
+    "Fira": (1.6e-2, Fira, {}),
+    "APOLLO": (8e-3, APOLLO, {}),
+    "LoRA": (8e-3, None, {}),
 }
 
 
@@ -81,7 +81,8 @@ def setup(method: str, rate: float, seed: int) -> tuple[nn.Module, Optimizer]:
     ]
     if method in ("AdamW", "LoRA"):
         return model, torch.optim.AdamW(groups)
-    return model, GaLore(groups, rank=RANK, update_gap=UPDATE_GAP, **METHODS[method][1])
+    _, kind, options = METHODS[method]
+    return model, kind(groups, rank=RANK, update_gap=UPDATE_GAP, **options)
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, tokens: Tensor) -> None:

@@ -84,7 +84,7 @@ def test_weight_adam_without_gates_is_adamw_bit_for_bit(classification, tmp_path
         ({"gate_lr": 2.0}, r"optimizer: gate_lr=2\.0 was given, but the model trains no gate; leave it out"),
         (
             {"gate_momentum": 0.5},
-            r"optimizer: optimizer 'adamw' can't honour gate_momentum=0\.5; these can: weight_adam",
+            r"optimizer: optimizer 'adamw' can't honor gate_momentum=0\.5; these can: weight_adam",
         ),
         ({"name": "weight_adam", "eps": -1}, r"optimizer: eps=-1 is negative"),
         ({"betas": [0.9, 1.5]}, r"optimizer: "),

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loraloom.optim.galore.compact import Projected
-from loraloom.optim.galore.engine import GaLore
+from loraloom.optim.galore.compact import Slot
+from loraloom.optim.galore.engine import ProjectedOptimizer
+from loraloom.optim.galore.methods import GaLore
+from loraloom.optim.rounding import compensated
 from loraloom.optim.weight_adam import WeightAdam
 
 _STEP = 4  # torch's optimizers count the steps of each parameter in a float32
@@ -39,7 +41,7 @@ def expected_memory(model: nn.Module, optimizer: Optimizer) -> Memory:
             8-bit AdamW (but for its two tables of 1 KiB), `WeightAdam`, and `GaLore` with any of these inside.
     """
     gradients = sum(_size(p) for p in model.parameters() if p.requires_grad)
-    if isinstance(optimizer, GaLore) and optimizer.layerwise:
+    if isinstance(optimizer, ProjectedOptimizer) and optimizer.layerwise:
         slots = optimizer.projected.values()
         whole = [_size(slot.weight) for slot in slots]
         gradients += max(whole) - sum(whole) + sum(_size(slot.compact) for slot in slots)
@@ -69,16 +71,16 @@ def state_bytes(optimizer: Optimizer) -> int:
     return _bytes(optimizer.state_dict()["state"])
 
 
-def format_galore(optimizer: GaLore) -> str:
+def format_galore(optimizer: ProjectedOptimizer) -> str:
     """What GaLore does with each kind of parameter, as a table of text: shape, treatment, tensors, parameters, state.
 
     The last column is `expected_state_bytes`, or a dash with an inner optimizer for which that is not known.
     """
     rows: dict[tuple[str, str], list[int]] = {}
-    known = True
+    known, projected = True, optimizer.projected
     for group in optimizer.param_groups:
         for p in group["params"]:
-            slot = optimizer.projected.get(p)
+            slot = projected.get(p)
             weight = p if slot is None else slot.weight
             if slot is not None:
                 treatment = f"{'full' if all(slot.sides) else 'left' if slot.sides[0] else 'right'}, rank {slot.rank}"
@@ -106,22 +108,29 @@ def format_galore(optimizer: GaLore) -> str:
 
 def _expected(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> int | None:
     """Bytes of state of one parameter in ``group["params"]``."""
-    if not isinstance(optimizer, GaLore):
+    if not isinstance(optimizer, ProjectedOptimizer):
         return _moments(optimizer, group, p)
-    slot = optimizer.projected.get(p)
+    slot = optimizer.slots.get(p)
     if slot is None:
         return _moments(optimizer.inner, group, p)
     inner = _moments(optimizer.inner, group, slot.compact)
     return None if inner is None else inner + _own_bytes(optimizer, slot)
 
 
-def _own_bytes(optimizer: GaLore, slot: Projected) -> int:
-    """What GaLore itself keeps for a weight: its bases, and the norm of Fira's and APOLLO's limiter."""
-    item = slot.compact.element_size()
-    norm = item if optimizer.residual or optimizer.refresh == "random" else 0
-    if optimizer.refresh == "random":
-        return norm
-    return norm + sum(size * slot.rank * item for size, side in zip(slot.shape, slot.sides, strict=True) if side)
+def _own_bytes(optimizer: ProjectedOptimizer, slot: Slot) -> int:
+    """What GaLore itself keeps for a weight: bases, what Kahan's sum carries, and the norm of the growth limiter."""
+    o, item = optimizer.options, slot.compact.element_size()
+    total = _size(slot.weight) if o.rounding == "kahan" and compensated(slot.weight, o.rounding) else 0
+    if slot.rank is None:
+        return total
+    if optimizer.needs_gradient:
+        total += item
+    if isinstance(optimizer, GaLore):
+        columns = [size for size, side in zip(slot.shape, slot.sides, strict=True) if side]
+        basis = item if optimizer.options.basis_bits == 32 else 1
+        scales = 0 if optimizer.options.basis_bits == 32 else item
+        total += sum(slot.rank * (size * basis + scales) for size in columns)
+    return total
 
 
 def _moments(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> int | None:

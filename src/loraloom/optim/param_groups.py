@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import nn
 
+from loraloom.errors import InputError
+from loraloom.optim.options import GroupOptions
 from loraloom.update.parts import PARTS
 
 # The first component of the dotted name that is listed here decides; PEFT's names and ours.
@@ -33,11 +35,11 @@ def build_param_groups(
     model: nn.Module,
     lr: float,
     *,
-    lora_plus_ratio: float = 1.0,
-    gate_lr: float | None = None,
-    head_lr: float | None = None,
-    logit_lr: float | None = None,
-    weight_decay: float = 1e-2,
+    weight_decay: float = GroupOptions.weight_decay,
+    lora_plus_ratio: float = GroupOptions.lora_plus_ratio,
+    gate_lr: float | None = GroupOptions.gate_lr,
+    head_lr: float | None = GroupOptions.head_lr,
+    logit_lr: float = GroupOptions.logit_lr,
 ) -> list[dict[str, Any]]:
     """Put every trainable parameter of the model into exactly one group.
 
@@ -48,7 +50,7 @@ def build_param_groups(
         gate_lr: rate of the gates. If None their group sets no rate, and the optimizer's own default holds: lr, or in
             `WeightAdam`, whose gates move by plain SGD, 5.0.
         head_lr: rate of modules_to_save; default lr. Worth raising for a freshly initialised classifier.
-        logit_lr: rate of composition logits; default 5e-2. At a LoRA's rate Adam would barely move them.
+        logit_lr: rate of composition logits. At a LoRA's rate Adam would barely move them.
         weight_decay: decay of matrices (two axes or more); vectors, gates and logits never decay.
 
     Returns:
@@ -56,28 +58,31 @@ def build_param_groups(
         (see gate_lr) lr.
 
     Raises:
-        ValueError: nothing is trainable, or a rate was given for which the model trains no parameter.
+        InputError: nothing is trainable, or a rate was given for which the model trains no parameter.
     """
     members: dict[str, list[nn.Parameter]] = {name: [] for name in _ORDER}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[_group_of(name, parameter)].append(parameter)
     if not any(members.values()):
-        raise ValueError("the model has no trainable parameter; add an adapter, or load it with is_trainable=True")
+        raise InputError(
+            "the model has no trainable parameter; add an adapter, or load it with is_trainable=True",
+            code="nothing-to-train",
+        )
     if lora_plus_ratio != 1.0:
         _require(members["lora_B"], f"lora_plus_ratio={lora_plus_ratio}", "B matrix")
     if gate_lr is not None:
         _require(members["gates"], f"gate_lr={gate_lr}", "gate")
     if head_lr is not None:
         _require(members["heads"] + members["heads_no_decay"], f"head_lr={head_lr}", "module in modules_to_save")
-    if logit_lr is not None:
+    if logit_lr != GroupOptions.logit_lr:
         _require(members["logits"], f"logit_lr={logit_lr}", "composition logit")
 
     head_rate = lr if head_lr is None else head_lr
     rates = {
         "lora_B": lr * lora_plus_ratio,
         "gates": gate_lr,
-        "logits": 5e-2 if logit_lr is None else logit_lr,
+        "logits": logit_lr,
         "heads": head_rate,
         "heads_no_decay": head_rate,
     }
@@ -121,4 +126,4 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 
 def _require(members: list[nn.Parameter], option: str, what: str) -> None:
     if not members:
-        raise ValueError(f"{option} was given, but the model trains no {what}; leave it out")
+        raise InputError(f"{option} was given, but the model trains no {what}; leave it out", code="nothing-for-rate")

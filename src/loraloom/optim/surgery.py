@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 from torch.optim import Optimizer
 
+from loraloom.errors import InputError
+
 
 def remove_parameters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Take parameters out of an optimizer and free their gradients and their state.
@@ -20,12 +22,15 @@ def remove_parameters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Non
         parameters: parameters that it holds.
 
     Raises:
-        ValueError: some of them are not in the optimizer; nothing is removed then.
+        InputError: some of them are not in the optimizer; nothing is removed then.
     """
     gone = {id(p): p for p in parameters}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if missing := gone.keys() - held:
-        raise ValueError(f"{len(missing)} of {len(gone)} parameters are not in the optimizer; pass those that it holds")
+        raise InputError(
+            f"{len(missing)} of {len(gone)} parameters are not in the optimizer; pass those that it holds",
+            code="foreign-parameter",
+        )
     for group in optimizer.param_groups:
         kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
         for key in group.keys() & {"params", "param_names"}:
@@ -46,7 +51,7 @@ def replace_parameter(optimizer: Optimizer, old: Tensor, new: Tensor, carry: Cal
             count, is kept.
 
     Raises:
-        ValueError: the old parameter is not in the optimizer.
+        InputError: the old parameter is not in the optimizer.
     """
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
@@ -60,4 +65,7 @@ def replace_parameter(optimizer: Optimizer, old: Tensor, new: Tensor, carry: Cal
                     }
                 old.grad = None
                 return
-    raise ValueError(f"a parameter of shape {tuple(old.shape)} is not in the optimizer; pass one that it holds")
+    raise InputError(
+        f"a parameter of shape {tuple(old.shape)} is not in the optimizer; pass one that it holds",
+        code="foreign-parameter",
+    )

@@ -4,11 +4,12 @@ Importing this file imports no torch, so a mistake in RUN.yaml is reported in a 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from loraloom.optim.section import optimizer_section
 
 Task = Literal["text-classification", "causal-lm"]
 Method = Literal["lora", "moslora", "dora", "weightlora", "weightlora+", "composition", "full", "probe"]
-Optimizer = Literal["adamw", "weight_adam", "adamw_8bit", "paged_adamw_8bit", "galore"]
 Number = int | float
 
 # What differs from the defaults of TrainingArguments and SFTConfig; anything here can be set in RUN.yaml again.
@@ -151,57 +152,18 @@ class CompositionSection:
     """Which members' weights have sum 1 in a module: those that adapt it (`present`), or all of them."""
 
 
-@dataclass
-class OptimizerSection:
-    """What moves the weights. The learning rate is training.learning_rate, and its scheduler scales every rate here."""
+if TYPE_CHECKING:
 
-    name: Optimizer | None = None
-    """`adamw`, `weight_adam` (AdamW, and projected descent for gates), bitsandbytes' `adamw_8bit` and
-    `paged_adamw_8bit`, or `galore` (with method.name `full`: all weights train, the optimizer's state is low-rank).
-    Default: `weight_adam` for weightlora, else `adamw`."""
-    weight_decay: Number = 0.01
-    """Decoupled decay of matrices; biases, norms, magnitudes and gates never decay."""
-    lora_plus_ratio: Number = 1.0
-    """Learning rate of B over that of A (LoRA+); 16 is the paper's, with a smaller training.learning_rate."""
-    gate_lr: Number | None = None
-    """Learning rate of the gates. Default: weight_adam's own, 5.0 with `sgd` and 0.05 with `adam`."""
-    head_lr: Number | None = None
-    """Learning rate of a new head and of modules_to_save. Default: training.learning_rate."""
-    logit_lr: Number | None = None
-    """Learning rate of a composition's logits. Default: 0.05."""
-    betas: list[Number] | None = None
-    """Adam's two averaging rates. Default: [0.9, 0.999]."""
-    eps: Number | None = None
-    """Adam's epsilon. Default: 1e-8."""
-    gate_method: Literal["sgd", "adam"] | None = None
-    """weight_adam: how gates move. Default: `sgd`, as in the paper."""
-    gate_momentum: Number | None = None
-    """weight_adam: momentum of `sgd` for the gates. Default: 0."""
-    rank: int | None = None
-    """galore: columns of the basis that gradients are projected to; a quarter of the width is usual. Default: 128."""
-    update_gap: int | None = None
-    """galore: steps from one refresh of a basis to the next. Default: 200; for a short run a tenth of its steps."""
-    scale: Number | None = None
-    """galore: multiplies the step of projected weights. Default: 0.25; 1 is usual with `random`."""
-    side: Literal["std", "reverse_std", "left", "right", "full"] | None = None
-    """galore: which axis is projected. Default: `std`, the shorter one."""
-    refresh: Literal["subspace", "svd", "random"] | None = None
-    """galore: how a basis is found; `svd` is the paper's, `random` is APOLLO. Default: `subspace`, fast and as good."""
-    stagger: bool | None = None
-    """galore: spread the refreshes over the gap. Default: true; false is the paper's."""
-    rotate_moments: bool | None = None
-    """galore: carry the moments into the new basis (LDAdam). Default: false."""
-    residual: bool | None = None
-    """galore: also apply the part of the gradient outside the basis (Fira). Default: false."""
-    layerwise: bool | None = None
-    """galore: project and free each gradient during backward; training.max_grad_norm then clips the projected ones.
-    Default: false."""
-    inner: Literal["adamw", "sgd", "adafactor", "adamw_8bit"] | None = None
-    """galore: the optimizer in the compact space. Default: `adamw`."""
-    momentum: Number | None = None
-    """galore with inner `sgd`: its momentum. Default: 0."""
-    target_modules: list[str] | None = None
-    """galore: patterns of the modules whose weights are projected, such as `*.mlp.*`. Default: all linear layers."""
+    @dataclass
+    class OptimizerSection:
+        """The options of all optimizers; their keys are those of `loraloom.optim.options`."""
+
+        name: str | None = None
+
+        def __init__(self, **keys: Any) -> None: ...
+        def __getattr__(self, key: str) -> Any: ...
+else:
+    OptimizerSection = optimizer_section()
 
 
 @dataclass

@@ -11,6 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from loraloom.errors import InputError, did_you_mean
+from loraloom.optim.options import ProjectionOptions
+from loraloom.optim.registry import OPTIMIZERS
 from loraloom.training.config import (
     COMPOSITION,
     EXPANSION_KEYS,
@@ -258,10 +260,10 @@ def _check_optimizer(config: RunConfig) -> None:
         raise InputError(
             f"optimizer.name {optimizer.name!r} cannot select adapters: method.name {method.name!r} needs 'weight_adam'"
         )
-    if optimizer.name == "galore" and method.name != "full":
+    if optimizer.name and issubclass(OPTIMIZERS[optimizer.name].options, ProjectionOptions) and method.name != "full":
         raise InputError(
-            f"optimizer.name 'galore' is for whole weights, and method.name {method.name!r} trains small matrices: "
-            "set method.name to 'full', or optimizer.name to 'adamw'"
+            f"optimizer.name {optimizer.name!r} is for whole weights, method.name {method.name!r} trains small "
+            "matrices: set method.name to 'full', or optimizer.name to 'adamw'"
         )
     if optimizer.betas is not None and len(optimizer.betas) != 2:
         raise InputError(f"optimizer.betas: {optimizer.betas} is not two numbers, such as [0.9, 0.999]")

@@ -28,7 +28,8 @@ from trl import SFTConfig
 from loraloom.card import write_card
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.io.files import write_text_atomically
-from loraloom.optim import GaLore, adamw_memory, expected_memory, format_galore, format_param_groups
+from loraloom.optim import adamw_memory, expected_memory, format_galore, format_param_groups
+from loraloom.optim.galore.engine import ProjectedOptimizer
 from loraloom.selection import FILE_NAME
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
 from loraloom.training.card import run_card
@@ -188,7 +189,7 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
 def show_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, console: Console) -> None:
     """The parameter groups, what GaLore projects, and the memory of it all."""
     console.print(format_param_groups(optimizer.param_groups), highlight=False)
-    if isinstance(optimizer, GaLore):
+    if isinstance(optimizer, ProjectedOptimizer):
         console.print("\n" + format_galore(optimizer), highlight=False)
     console.print(memory_table(expected_memory(model, optimizer), adamw_memory(model)), highlight=False)
 

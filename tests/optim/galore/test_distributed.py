@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from loraloom.optim import GaLore
+from loraloom.errors import InputError
+from loraloom.optim import Fira, GaLore
 
 from .support import Chain, chain, loss_of, matrices_and_vectors
 
@@ -77,8 +78,9 @@ def worker(rank: int, start: Chain, folder: str) -> None:
             train(sharded, optimizer, rows)
             for p, q in zip(resumed.parameters(), sharded.parameters(), strict=True):
                 assert torch.equal(p.to_local(), q.to_local())
-    with pytest.raises(ValueError, match="a weight is sharded by FSDP2"):
-        build(sharded, residual=True)
+    with pytest.raises(InputError) as caught:
+        Fira(matrices_and_vectors(sharded), lr=1e-2, rank=4)
+    assert caught.value.code == "sharded"
 
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()

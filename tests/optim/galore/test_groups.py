@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from loraloom.errors import InputError
 from loraloom.optim import GaLore, build_optimizer, build_param_groups, format_galore, project_groups, trainer_optimizer
 
 from ..support import assert_identical, snapshot
@@ -24,9 +25,9 @@ class Encoder(nn.Module):
         return self.lm_head(self.conv(hidden.mT).mT)
 
 
-def groups_of(model: nn.Module, target_modules=None) -> dict[str, set[str]]:
+def groups_of(model: nn.Module, target_modules=None, rank_pattern=None) -> dict[str, set[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = project_groups(model, build_param_groups(model, 1e-2), target_modules)
+    groups = project_groups(model, build_param_groups(model, 1e-2), target_modules, rank_pattern)
     assert all(("rank" in group) == (group["name"] != "projected") for group in groups)
     return {group["name"]: {names[id(p)] for p in group["params"]} for group in groups}
 
@@ -41,8 +42,10 @@ def test_linear_layers_are_projected_and_nothing_else() -> None:
 
 def test_patterns_choose_other_modules_and_a_typo_is_an_error() -> None:
     assert groups_of(Encoder(), ["emb*"])["projected"] == {"embed.weight"}
-    with pytest.raises(ValueError, match=r"target_modules pattern 'dens' matches no module .* embed, lm_head, dense"):
+    with pytest.raises(InputError) as caught:
         groups_of(Encoder(), "dens")
+    assert caught.value.code == "unmatched-pattern"
+    assert "embed, lm_head, dense" in str(caught.value)
 
 
 def test_the_table_names_every_parameter_once() -> None:
@@ -94,5 +97,21 @@ def test_inner_optimizers_have_names() -> None:
     optimizer = build_optimizer(Encoder(), "galore", lr=1e-2, rank=4, inner="sgd", momentum=0.9)
     assert type(optimizer.inner) is torch.optim.SGD
     assert optimizer.param_groups[0]["momentum"] == 0.9
-    with pytest.raises(ValueError, match="inner='adam' is unknown; use one of adamw, sgd, adafactor, adamw_8bit"):
+    with pytest.raises(InputError) as caught:
         trainer_optimizer("galore", lr=1e-2, inner="adam")
+    assert caught.value.code == "unknown-optimizer"
+    assert type(GaLore(Encoder(), "sgd", 1e-2, rank=4).inner) is torch.optim.SGD
+
+
+def test_modules_have_their_own_ranks() -> None:
+    model = Encoder()
+    patterns = {"target_modules": ["embed", "dense"], "rank_pattern": {"den*": 6, "dense": 5}}
+    optimizer = build_optimizer(model, "galore", lr=1e-2, rank=4, **patterns)
+    assert {slot.weight.shape: slot.rank for slot in optimizer.projected.values()} == {(40, 16): 4, (24, 16): 5}
+    assert [group["name"] for group in optimizer.param_groups] == [
+        "projected", "projected (rank 5)", "base", "no_decay",
+    ]  # fmt: skip
+    assert [slot.rank for slot in GaLore(model, rank=4, **patterns).projected.values()] == [4, 5]
+    with pytest.raises(InputError) as caught:
+        groups_of(model, None, {"embed": 2})  # it is not projected
+    assert caught.value.code == "unmatched-pattern"

@@ -5,7 +5,7 @@ import torch
 from galore_torch import GaLoreAdamW
 from torch import Tensor, nn
 
-from loraloom.optim import GaLore
+from loraloom.optim import APOLLO, Fira, GaLore
 from loraloom.optim.galore.bases import random_bases, sides_of
 
 from .support import chain, loss_of, matrices_and_vectors, train
@@ -111,11 +111,10 @@ def test_published_equations(method: str, side: str, rank: int) -> None:
     dtype = torch.float64
     model = chain(dtype)
     options = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99)}
-    refresh = "random" if method == "apollo" else "svd"
-    optimizer = GaLore(
-        matrices_and_vectors(model), rank=rank, update_gap=8, scale=0.7, side=side, refresh=refresh, stagger=False,
-        residual=method == "fira", **options,
-    )  # fmt: skip
+    kind = {"galore": GaLore, "fira": Fira, "apollo": APOLLO}[method]
+    published = {} if method == "apollo" else {"refresh": "svd", "stagger": False}
+    settings = {"rank": rank, "update_gap": 8, "scale": 0.7, "side": side, **published}
+    optimizer = kind(matrices_and_vectors(model), **settings, **options)
     weights = {name: p for name, p in model.named_parameters() if p.ndim == 2}
     written_out = {name: Published(p, 1e-2, rank, 8, 0.7, side, weight_decay=0.1) for name, p in weights.items()}
     for step in range(25):

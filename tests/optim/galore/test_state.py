@@ -10,17 +10,21 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from loraloom.optim import GaLore, remove_parameters, state_bytes
+from loraloom.errors import InputError
+from loraloom.optim import APOLLO, Fira, GaLore, remove_parameters, state_bytes
 
 from ..support import assert_identical, snapshot
 from .support import chain, loss_of, matrices_and_vectors, train
 
+pytestmark = pytest.mark.filterwarnings("ignore:bfloat16 weights lose steps")  # so they do here
 VARIANTS = {
     "subspace": {},
     "svd": {"refresh": "svd", "stagger": False, "side": "full"},
     "rotated": {"rotate_moments": True},
-    "fira": {"residual": True},
-    "apollo": {"refresh": "random"},
+    "8 bits": {"basis_bits": 8},
+    "8 bits, full": {"basis_bits": 8, "side": "full"},
+    "fira": {"kind": Fira},
+    "apollo": {"kind": APOLLO},
     "layerwise": {"layerwise": True},
     "sgd": {"inner": torch.optim.SGD, "momentum": 0.9},
     "adafactor": {"inner": torch.optim.Adafactor},
@@ -30,7 +34,7 @@ VARIANTS = {
 
 def build(model: torch.nn.Module, variant: str, **options) -> GaLore:
     settings = {"lr": 1e-2, "rank": 4, "update_gap": 4, "weight_decay": 0.1, **VARIANTS[variant], **options}
-    return GaLore(matrices_and_vectors(model), **settings)
+    return settings.pop("kind", GaLore)(matrices_and_vectors(model), **settings)
 
 
 def through_a_file(state: dict) -> dict:
@@ -114,13 +118,43 @@ def test_the_state_is_as_small_as_the_paper_says() -> None:
         assert slot.compact.untyped_storage().nbytes() == 0
 
 
-def test_a_state_of_other_shapes_is_an_error() -> None:
+OTHERS = {
+    "rank": {"rank": 5},
+    "side": {"side": "reverse_std"},
+    "method": {"kind": Fira},
+    "APOLLO": {"kind": APOLLO},
+    "inner": {"inner": "sgd", "momentum": 0.9},
+    "refresh": {"refresh": "svd"},
+    "basis_bits": {"basis_bits": 8},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_state_of_another_kind_is_refused_and_nothing_is_taken(other: str) -> None:
+    model = chain()
+    optimizer, foreign = build(model, "subspace"), build(chain(), "subspace", **OTHERS[other])
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(InputError) as caught:
+        optimizer.load_state_dict(foreign.state_dict())
+    assert caught.value.code == "other-state"
+    after = optimizer.state_dict()
+    assert str(after) == str(before)
+
+
+def test_the_state_of_adamw_is_refused() -> None:
     optimizer = build(chain(), "subspace")
-    with pytest.raises(ValueError, match="the saved state has rank=5 where this GaLore has 4; pass the options"):
-        optimizer.load_state_dict(build(chain(), "subspace", rank=5).state_dict())
     plain = torch.optim.AdamW(matrices_and_vectors(chain()))
-    with pytest.raises(ValueError, match="the saved state has rank=None where this GaLore has 4"):
+    with pytest.raises(InputError) as caught:
         optimizer.load_state_dict(plain.state_dict())
+    assert caught.value.code == "other-state"
+
+
+@pytest.mark.parametrize("option", [{"update_gap": 9}, {"scale": 1.0}, {"rotate_moments": True}, {"seed": 3}])
+def test_a_state_may_be_gone_on_with_under_other_schedules(option: dict) -> None:
+    optimizer = build(chain(), "subspace")
+    train(chain(), optimizer, 2)
+    build(chain(), "subspace", **option).load_state_dict(optimizer.state_dict())
 
 
 def test_groups_have_their_own_rates_and_schedulers_change_them() -> None:

@@ -8,14 +8,15 @@ Bases are a pair (left, right) whose missing side is None, with orthonormal colu
 is computed in the dtype of its arguments; callers pass float32 or float64.
 """
 
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Side = Literal["std", "reverse_std", "left", "right", "full"]
+from loraloom.errors import InputError
+from loraloom.optim.options import Side
+
 Bases = tuple[Tensor | None, Tensor | None]
-SIDES: tuple[Side, ...] = ("std", "reverse_std", "left", "right", "full")
 # Gaussian columns beside a basis that is renewed. The cut at the rank falls between nearly equal singular values, and
 # only columns beyond it tell them apart; this many cost less than a second iteration, and nothing at small ranks.
 OVERSAMPLING = 32
@@ -28,10 +29,10 @@ def sides_of(side: Side, shape: tuple[int, int]) -> tuple[bool, bool]:
     right side if m >= n, else the left. "reverse_std" is the other side; the rest say it themselves.
 
     Raises:
-        ValueError: the side is unknown.
+        InputError: the side is unknown.
     """
-    if side not in SIDES:
-        raise ValueError(f"side={side!r} is unknown; use one of {', '.join(SIDES)}")
+    if side not in get_args(Side):
+        raise InputError(f"side={side!r} is unknown; use one of {', '.join(get_args(Side))}", code="unknown-choice")
     if side == "full":
         return True, True
     tall = shape[0] >= shape[1]
@@ -117,6 +118,17 @@ def random_bases(shape: tuple[int, int], rank: int, sides: tuple[bool, bool], se
         return torch.randn(size, rank, generator=generator, dtype=like.dtype, device=like.device) / rank**0.5
 
     return (draw(shape[0]) if sides[0] else None, draw(shape[1]) if sides[1] else None)
+
+
+def quantize(P: Tensor) -> tuple[Tensor, Tensor]:
+    """A basis (n, r) in 8 bits: integers (n, r) between -127 and 127, and the scale of each column, (r,)."""
+    scale = P.abs().amax(0) / 127
+    return (P / scale).round().to(torch.int8), scale
+
+
+def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `quantize`, up to half a scale in each entry."""
+    return integers * scale
 
 
 def change_of_bases(new: Bases, old: Bases) -> Bases:

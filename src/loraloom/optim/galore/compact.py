@@ -1,4 +1,4 @@
-"""Compact parameters of GaLore: what the inner optimizer holds in place of a projected weight.
+"""Compact parameters of GaLore: what the inner optimizer holds in place of a weight.
 
 A compact parameter has the projected gradient's shape, at least float32, and memory only during a step. For a weight
 that FSDP2 has sharded (a DTensor) it is sharded along the axis that is not projected, and the basis is replicated; so a
@@ -6,7 +6,7 @@ right-side projection of row shards needs no communication.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,34 +14,38 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor import zeros as sharded_zeros
 
-from loraloom.optim.galore.bases import Bases, Side, rotate, rotate_moments, sides_of
+from loraloom.errors import InputError
+from loraloom.optim.galore.bases import Bases, rotate, rotate_moments, sides_of
+from loraloom.optim.options import Side
 
 
 @dataclass(eq=False)
-class Projected:
+class Slot:
     """A weight that is trained through a compact parameter.
 
     Attributes:
-        weight: (m, n).
-        shape: (m, n), as it was at the start; wrappers that flatten weights change it.
-        compact: (m, rank), (rank, n) or (rank, rank).
-        index: its place among the projected weights; decides its seed and, with `stagger`, the step of its refresh.
+        weight: (m, n), or of any shape where neither side is projected.
+        shape: its shape at the start; wrappers that flatten weights change it.
+        compact: (m, rank), (rank, n) or (rank, rank); the weight's shape where neither side is projected.
+        held: what stands in ``param_groups``: the weight, or in layer-wise mode the compact parameter.
+        index: its place among the slots; decides its seed and, with `stagger`, the step of its refresh.
         group: its place in ``param_groups``.
-        rank: columns of each basis.
+        rank: columns of each basis; None where neither side is projected.
         sides: which sides are projected, (left, right).
     """
 
     weight: Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     compact: nn.Parameter
+    held: Tensor
     index: int
     group: int
-    rank: int
+    rank: int | None
     sides: tuple[bool, bool]
 
 
-def projected(weight: Tensor, index: int, group: int, rank: int, side: Side) -> Projected:
-    """A weight (m, n) with a new compact parameter, which has no memory yet."""
+def projected_slot(weight: Tensor, index: int, group: int, rank: int, side: Side, layerwise: bool) -> Slot:
+    """A slot for a weight (m, n) and a new compact parameter, which has no memory yet."""
     m, n = weight.shape
     sides = sides_of(side, (m, n))
     shape = (rank if sides[0] else m, rank if sides[1] else n)
@@ -54,7 +58,14 @@ def projected(weight: Tensor, index: int, group: int, rank: int, side: Side) -> 
         zeros = torch.zeros(shape, dtype=dtype, device=weight.device)
     compact = nn.Parameter(zeros)
     free(compact)
-    return Projected(weight, (m, n), compact, index, group, rank, sides)
+    return Slot(weight, (m, n), compact, compact if layerwise else weight, index, group, rank, sides)
+
+
+def float32_slot(weight: Tensor, index: int, group: int) -> Slot:
+    """A slot for a weight of any shape that is not projected: its compact parameter is as large, in float32."""
+    compact = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+    free(compact)
+    return Slot(weight, tuple(weight.shape), compact, weight, index, group, None, (False, False))
 
 
 def free(compact: Tensor) -> None:
@@ -62,11 +73,26 @@ def free(compact: Tensor) -> None:
     _local(compact).untyped_storage().resize_(0)
 
 
-def fill_with_zeros(compact: Tensor) -> None:
-    """Take memory for a compact parameter again, and set it to zero."""
+def fill(compact: Tensor, start: Tensor | None) -> None:
+    """Take memory for a compact parameter again, and set it to a value, or to zero."""
     local = _local(compact)
     local.untyped_storage().resize_(local.numel() * local.element_size())
-    local.zero_()
+    if start is None:
+        local.zero_()
+    else:
+        local.copy_(_local(start))
+
+
+def finite(slots: list[Slot]) -> list[Slot]:
+    """Those with a finite compact gradient; the others lose it. Waits for the device once."""
+    if not slots:
+        return slots
+    norms = [whole(torch.linalg.vector_norm(cast(Tensor, slot.compact.grad), float("inf"))) for slot in slots]
+    good = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().tolist()
+    for slot, is_good in zip(slots, good, strict=True):
+        if not is_good:
+            slot.compact.grad = None
+    return [slot for slot, is_good in zip(slots, good, strict=True) if is_good]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -98,7 +124,7 @@ def rotate_state(state: dict[str, Any], change: Bases, betas: tuple[float, float
     """Carry an inner optimizer's state of one compact parameter into new bases.
 
     Raises:
-        ValueError: it has neither Adam's averages nor a momentum buffer, or has them quantised.
+        InputError: it has neither Adam's averages nor a momentum buffer, or has them quantized.
     """
     if betas is not None and "exp_avg" in state and "exp_avg_sq" in state:
         moments = rotate_moments(state["exp_avg"], state["exp_avg_sq"], change, float(state["step"]), betas)
@@ -107,9 +133,10 @@ def rotate_state(state: dict[str, Any], change: Bases, betas: tuple[float, float
     elif state.get("momentum_buffer") is not None:
         state["momentum_buffer"].copy_(rotate(state["momentum_buffer"], change))
     elif state:
-        raise ValueError(
+        raise InputError(
             f"rotate_moments=True can't rotate the inner optimizer's state {sorted(state)}; it knows exp_avg with "
-            "exp_avg_sq, and momentum_buffer; set it to False"
+            "exp_avg_sq, and momentum_buffer; set it to False",
+            code="unknown-state",
         )
 
 

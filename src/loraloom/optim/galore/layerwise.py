@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loraloom.optim.galore.compact import Projected
+from loraloom.optim.galore.compact import Slot
 
 if TYPE_CHECKING:
-    from loraloom.optim.galore.engine import GaLore
+    from loraloom.optim.galore.engine import ProjectedOptimizer
 
 # The hook of each weight. A second optimizer over the same model would find no gradient if the first one's stayed.
 _hooks = WeakTensorKeyDictionary()
 
 
-def project_during_backward(optimizer: "GaLore", slot: Projected) -> None:
+def project_during_backward(optimizer: "ProjectedOptimizer", slot: Slot) -> None:
     """Have the optimizer receive and free a weight's gradient as soon as it is there, until another takes over."""
     reference = weakref.ref(optimizer)
 

@@ -1,67 +1,72 @@
-"""One weight's part of a GaLore step: a new basis for its gradient, and how its compact step moves it."""
+"""The step of each method for one weight W (m, n), as a pure function: tensors in, the change of W out.
 
-from typing import cast
+    GaLore    scale * back(N)                                                (Zhao et al., arXiv 2403.03507)
+    Fira      scale * (back(N) - lr * limit(phi * (G - back(R))))            (Chen et al., arXiv 2410.01623)
+    APOLLO    -scale * lr * limit(phi * G)                                   (Zhu et al., arXiv 2412.05270)
 
-import torch
+R is the projected gradient, and N the inner optimizer's step for it, learning rate and sign included; phi says how much
+that step scaled R: ||N_j|| / (lr ||R_j||). What multiplies a bracket is applied to N, the smaller of the two.
+"""
+
 from torch import Tensor
 
-from loraloom.optim.galore.bases import Bases, limit_growth, norm_ratio, project_back, subspace_bases, svd_bases
-from loraloom.optim.galore.compact import Projected, laid_out_like, whole
+from loraloom.optim.galore.bases import limit_growth, norm_ratio, project_back
 
 
-def renewed_bases(refresh: str, G: Tensor, slot: Projected, old: Bases, seed: int, step: int) -> Bases:
-    """New bases for a gradient G (m, n), which is finite and not zero.
-
-    Args:
-        refresh: "svd" or "subspace".
-        G: whole, also where the weight is sharded.
-        slot: the weight.
-        old: the bases so far; None where there is none.
-        seed, step: what "subspace" draws depends on them and on the weight, and on nothing else.
-    """
-    if refresh == "svd":
-        return svd_bases(G, slot.rank, slot.sides)
-    generator = torch.Generator().manual_seed(seed + slot.index + (step << 32))
-    return subspace_bases(G, slot.rank, slot.sides, old, generator)
-
-
-def finite(slots: list[Projected]) -> list[Projected]:
-    """Those with a finite compact gradient; the others lose it. Waits for the device once."""
-    if not slots:
-        return slots
-    norms = [whole(torch.linalg.vector_norm(cast(Tensor, slot.compact.grad), float("inf"))) for slot in slots]
-    good = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().tolist()
-    for slot, is_good in zip(slots, good, strict=True):
-        if not is_good:
-            slot.compact.grad = None
-    return [slot for slot, is_good in zip(slots, good, strict=True) if is_good]
-
-
-def add_projected_step_(slot: Projected, bases: Bases, scale: float) -> None:
-    """W += scale * back(N), with N the compact parameter after the inner optimizer's step from zero."""
-    slot.weight.add_(laid_out_like(project_back(slot.compact, bases), slot.weight), alpha=scale)
-
-
-def add_scaled_gradient_(
-    slot: Projected, bases: Bases | None, lr: float, scale: float, previous: Tensor | None
-) -> Tensor:
-    """W -= scale * lr * limit(phi * S), with phi how much the inner optimizer scaled the compact gradient.
+def galore_change(N: Tensor, left: Tensor | None, right: Tensor | None, scale: float) -> Tensor:
+    """The change of W by GaLore.
 
     Args:
-        slot: the weight; its gradient and its compact gradient are still there.
-        bases: given for Fira, where S is the gradient outside them, G - back(R); None for APOLLO, where S is G.
-        lr: the learning rate that the compact step includes, not zero.
+        N: the compact step.
+        left, right: the bases, (m, r) and (n, r); None on a side that is not projected.
         scale: multiplies the step.
-        previous: the norm of the last step, for `limit_growth`; None at the first.
 
     Returns:
-        The norm of this one.
+        (m, n).
     """
-    N, R, G = slot.compact, cast(Tensor, slot.compact.grad), cast(Tensor, slot.weight.grad)
-    S = G.to(N.dtype)
-    if bases is not None:
-        S = S - project_back(R, bases)
-    S = S * (norm_ratio(N, R, slot.sides, whole=bases is None and slot.rank == 1) / lr)
-    S, norm = limit_growth(S, previous)
-    slot.weight.add_(S, alpha=-lr * scale)
-    return norm
+    return project_back(scale * N, (left, right))
+
+
+def fira_change(
+    G: Tensor, R: Tensor, N: Tensor, left: Tensor | None, right: Tensor | None, lr: float, scale: float,
+    previous: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The change of W by Fira: GaLore's, and the gradient outside the basis scaled as the compact one was.
+
+    Args:
+        G: the gradient, (m, n).
+        R: its projection.
+        N: the compact step.
+        left, right: the bases, one of them None.
+        lr: the learning rate that N includes, not zero.
+        scale: multiplies the step.
+        previous: the norm that the last step returned; None at the first.
+
+    Returns:
+        (m, n), and the norm of the part outside the basis after `limit_growth`.
+    """
+    phi = norm_ratio(N, R, (left is not None, right is not None)) / lr
+    outside, norm = limit_growth(phi * (G - project_back(R, (left, right))), previous)
+    return galore_change(N, left, right, scale).sub_(outside, alpha=lr * scale), norm
+
+
+def apollo_change(
+    G: Tensor, R: Tensor, N: Tensor, sides: tuple[bool, bool], lr: float, scale: float, previous: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The change of W by APOLLO: the gradient, each channel scaled as the compact one was.
+
+    Args:
+        G: the gradient, (m, n).
+        R: its projection. If it has one column or row, all of W is scaled by one number (APOLLO-Mini).
+        N: the compact step.
+        sides: which side is projected, (left, right).
+        lr: the learning rate that N includes, not zero.
+        scale: multiplies the step.
+        previous: the norm that the last step returned; None at the first.
+
+    Returns:
+        (m, n), and the norm of the scaled gradient after `limit_growth`.
+    """
+    phi = norm_ratio(N, R, sides, whole=R.shape[0 if sides[0] else 1] == 1) / lr
+    scaled, norm = limit_growth(phi * G, previous)
+    return scaled.mul_(-lr * scale), norm
