@@ -43,9 +43,6 @@ IN_MAKE_TEST = (
 )
 # What fails today: row -> (the start of what is asked for, the cause). A row that is mended is deleted here.
 KNOWN_FAILURES = {
-    "roberta": ("all-linear", "T1: the expanded names are refused at loading"),
-    "electra": ("all-linear", "T1: the expanded names are refused at loading"),
-    "mpnet": ("all-linear", "T1: the expanded names are refused at loading"),
     "mamba": ("every", "T2: dt_proj is read, not called"),
     "falcon_mamba": ("every", "T2: dt_proj is read, not called"),
     "jamba": (("all-linear", "every"), "T2: dt_proj is read, not called"),

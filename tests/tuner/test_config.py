@@ -125,7 +125,6 @@ def test_an_unknown_field_names_the_nearest():
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_prj": 2}}, "v_prj", "q_proj"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "v_proj", "q_proj"),
         ({"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"q_porj": 2}}, "q_porj", "q_proj"),
-        ({"target_modules": ["q_proj", "head"], "exclude_modules": ["head"]}, "head", "exclude_modules"),
     ],
 )
 def test_a_name_that_matches_nothing_is_an_error_with_the_nearest_names(kwargs, wrong, nearest):

@@ -82,8 +82,9 @@ class LoomConfig(PeftConfig):
     """Warn, instead of raising, when a name in target_modules or a pattern matches nothing."""
     composition: Composition | None = None
     """The members of an adapter that `loraloom.compose` made of many; written by it, not set by hand."""
-    loom_format_version: int = FORMAT_VERSION
-    """Version of the checkpoint format; written by loraloom, not set by hand."""
+    loom_format_version: int | None = None
+    """Version of the checkpoint format; set by loraloom when the adapter is made. With it the names are trusted: PEFT
+    has expanded them by then, and they are no longer what a person typed."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Raised here because PEFT catches the TypeError of a dataclass' __init__, drops the key and goes on: an adapter
@@ -101,7 +102,7 @@ class LoomConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOOM
-        if self.loom_format_version != FORMAT_VERSION:
+        if self.loom_format_version not in (None, FORMAT_VERSION):
             raise ValueError(
                 f"loom_format_version={self.loom_format_version!r}: this loraloom reads version {FORMAT_VERSION}. "
                 "Upgrade it with: pip install -U loraloom."

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loraloom.tuner.config import LoomConfig
+from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.layer import BASE, Factor, LoomLayer
@@ -26,7 +26,7 @@ from loraloom.tuner.peft_internals import (
     resolve_quantization_backend,
 )
 from loraloom.tuner.quantized import prevent_cpu_repacking
-from loraloom.tuner.targets import check_patterns
+from loraloom.tuner.targets import prepare_targets
 from loraloom.update.composition import Tie
 
 # Their fused kernels read these weights and never call the module, so an adapter there would have no effect.
@@ -50,7 +50,7 @@ class LoomModel(BaseTuner):
                 raise ValueError(
                     f"The model has a module {name!r}: names that start with {PREFIX!r} are the adapter's. Rename it."
                 )
-        check_patterns(peft_config, model, partial(self._check_target_module_exists, peft_config))
+        prepare_targets(peft_config, model, partial(self._check_target_module_exists, peft_config))
         composition = getattr(peft_config, "composition", None)
         if composition is not None:
             present = {name for name, _ in model.named_modules()}
@@ -63,7 +63,9 @@ class LoomModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; the layers of a composition whose scope is wider than a layer are tied."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        composition = getattr(self.peft_config[adapter_name], "composition", None)
+        config: Any = self.peft_config[adapter_name]
+        config.loom_format_version = FORMAT_VERSION
+        composition = config.composition
         if composition is None or composition.scope == "layer":
             return
         groups: dict[str, list[LoomLayer]] = {}

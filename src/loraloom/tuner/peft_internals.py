@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 
 __all__ = [
+    "HEADS_SAVED_LATER",
     "LOOM",
     "PREFIX",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
@@ -32,6 +33,9 @@ __all__ = [
     "register",
     "resolve_quantization_backend",
 ]
+
+# Modules that PEFT adds to modules_to_save only after the injection, by task.
+HEADS_SAVED_LATER = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 NAME = "LOOM"
 PREFIX = NAME.lower() + "_"  # transformers and PEFT derive it from the type; every adapter attribute starts with it

@@ -1,6 +1,5 @@
 """Names in a configuration that match nothing: an error instead of an adapter smaller than asked for."""
 
-import copy
 import difflib
 import re
 import warnings
@@ -9,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from loraloom.tuner.peft_internals import BaseTunerLayer, expand_all_linear
+from loraloom.tuner.peft_internals import HEADS_SAVED_LATER, BaseTunerLayer, expand_all_linear
 
 
-def check_patterns(config: Any, model: nn.Module, is_target: Callable[[str], Any]) -> None:
-    """Checks that every name in target_modules, and every key of a pattern, matches a module of the model.
+def prepare_targets(config: Any, model: nn.Module, is_target: Callable[[str], Any]) -> None:
+    """Expands "all-linear" to names, without modules_to_save, and checks the names of a configuration that is new.
 
     Args:
         config: a ``LoomConfig`` whose target_modules are set.
@@ -21,40 +20,50 @@ def check_patterns(config: Any, model: nn.Module, is_target: Callable[[str], Any
         is_target: PEFT's own test of a module name against the config.
 
     Raises:
-        ValueError: something matches nothing; the message lists the nearest module names. With
-            ``config.allow_unmatched`` it is a warning.
+        ValueError: a name in target_modules, or a key of a pattern, matches nothing; the message lists the nearest
+            module names. With ``config.allow_unmatched`` it is a warning.
     """
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    if all_linear:
+        expand_all_linear(config, model)
+        # PEFT would adapt them, and then fail to wrap an adapted module as one to be trained in full.
+        config.target_modules = {name for name in config.target_modules if not _is_saved(name, config)}
+    if config.loom_format_version is None:
+        _check_names(config, model, is_target, all_linear)
+
+
+def _is_saved(name: str, config: Any) -> bool:
+    """PEFT's rule: any ending is a match, so that "classifier" saves "pre_classifier" too."""
+    saved = (*(config.modules_to_save or ()), *HEADS_SAVED_LATER.get(config.task_type, ()))
+    return any(name.endswith(ending) or f".{ending}." in f".{name}" for ending in saved)
+
+
+def _check_names(config: Any, model: nn.Module, is_target: Callable[[str], Any], all_linear: bool) -> None:
     adapter_parts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     names = [name for name, _ in model.named_modules() if name and not name.startswith(adapter_parts)]
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        expanded = copy.copy(config)
-        expand_all_linear(expanded, model)
-        targets = sorted(expanded.target_modules)
-    else:
-        targets = [name for name in names if is_target(name)]
-
+    targets = [name for name in names if is_target(name)]
     problems = []
     if isinstance(config.target_modules, str):
         if not targets:
-            problems.append(_problem("target_modules", config.target_modules, names, targets))
-    else:
+            problems.append(_problem("target_modules", config.target_modules, names))
+    elif not all_linear:
         for wanted in sorted(config.target_modules or ()):
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in targets):
-                problems.append(_problem("target_modules", wanted, names, targets))
+            # A name that exclude_modules or layers_to_transform leaves out is no mistake.
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+                problems.append(_problem("target_modules", wanted, names))
+    if clashes := [name for name in targets if _is_saved(name, config)]:
+        problems.append(f"target_modules: {clashes[0]!r} is trained in full (modules_to_save), so it has no adapter.")
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
-                problems.append(_problem(option, pattern, targets, targets))
+                problems.append(_problem(option, pattern, targets))
     if problems and config.allow_unmatched:
         warnings.warn(" ".join(problems), RuntimeWarning, stacklevel=2)
     elif problems:
         raise ValueError(" ".join(problems) + " Correct the names, or pass allow_unmatched=True to go on without them.")
 
 
-def _problem(option: str, wanted: str, names: Iterable[str], targets: list[str]) -> str:
-    names = list(names)
-    if any(name == wanted or name.endswith(f".{wanted}") for name in names) and option == "target_modules":
-        return f"{option}: {wanted!r} names only modules that the other options (exclude_modules, ...) leave out."
+def _problem(option: str, wanted: str, names: Iterable[str]) -> str:
     endings = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
     near = difflib.get_close_matches(re.split(r"[^\w]", wanted)[-1], sorted(endings), n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else f"the model has: {', '.join(sorted(endings)[:12])}"
