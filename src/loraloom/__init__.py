@@ -18,6 +18,8 @@ _EXPORTS = {
     "merge_checkpoint": "loraloom.merge.merge",
     "find_intruders": "loraloom.intruders.live",
     "reduce_intruders": "loraloom.intruders.live",
+    "speed_up": "loraloom.tuner.speed_up",
+    "slow_down": "loraloom.tuner.speed_up",
 }
 __all__ = [*_EXPORTS]
 

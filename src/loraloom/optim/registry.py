@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from loraloom.errors import InputError
+from loraloom.errors import InputError, did_you_mean
 from loraloom.optim import options as o
-from loraloom.text import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,21 @@ break where transformers reads ``peft_type.value``, so a real member is added at
 ``tests/tuner/test_registration.py`` is the contract: it fails with a clear message when a new PEFT moves the ground.
 """
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant, MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
 from peft.utils.integrations import gather_params_ctx, init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor
 
 __all__ = [
     "HEADS_SAVED_LATER",
@@ -23,13 +29,20 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "DoraLinearVariant",
+    "LoraLayer",
+    "MiCALinearVariant",
+    "after_injection",
+    "base_weight",
     "check_adapters_to_merge",
     "expand_all_linear",
     "features_of",
     "gather_params_ctx",
     "get_pattern_key",
     "get_quantization_kwargs",
+    "has_base_weight",
     "init_empty_weights",
+    "lora_forwards",
     "register",
     "resolve_quantization_backend",
 ]
@@ -98,3 +111,61 @@ def expand_all_linear(config: Any, model: Any) -> None:
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
     _maybe_include_all_linear_layers(config, model)
+
+
+# PEFT's LoRA layers whose forward pass is the base layer's output plus that of each active adapter, in order. The
+# modules of the second column define the class only where the backend is installed.
+_LORA_CLASSES = {
+    "layer": ("Linear",),
+    "bnb": ("Linear8bitLt", "Linear4bit"),
+    "gptq": ("GPTQLoraLinear",),
+    "awq": ("AwqLoraLinear",),
+    "aqlm": ("AqlmLoraLinear",),
+    "hqq": ("HqqLoraLinear",),
+    "eetq": ("EetqLoraLinear",),
+}
+
+
+@functools.cache
+def lora_forwards() -> frozenset[Callable]:
+    """The forward functions of these layers; a subclass that has the function too is such a layer."""
+    found = []
+    for module_name, names in _LORA_CLASSES.items():
+        try:
+            module = importlib.import_module(f"peft.tuners.lora.{module_name}")
+        except ImportError:  # the backend is not installed
+            continue
+        found += [getattr(module, name).forward for name in names if hasattr(module, name)]
+    return frozenset(found)
+
+
+_injection_callbacks: list[Callable[[Any], None]] = []
+
+
+def after_injection(callback: Callable[[Any], None]) -> None:
+    """Calls ``callback(model)`` whenever PEFT has put an adapter into a model, by whatever route."""
+    if callback in _injection_callbacks:
+        return
+    _injection_callbacks.append(callback)
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        inject(self, model, *args, **kwargs)
+        callback(model)
+
+    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
+
+
+def has_base_weight(base_layer: Any) -> bool:
+    """Whether :func:`base_weight` can give the weight."""
+    weight = getattr(base_layer, "weight", None)
+    return isinstance(weight, Tensor) and (
+        weight.is_floating_point() or resolve_quantization_backend(base_layer) is not None
+    )
+
+
+def base_weight(base_layer: Any) -> Tensor:
+    """The weight of a base layer as floating-point numbers, in the shape in which the layer stores it."""
+    backend = resolve_quantization_backend(base_layer)
+    return base_layer.weight if backend is None else backend.get_base_weight(base_layer)

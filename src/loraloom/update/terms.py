@@ -54,7 +54,7 @@ def stack(terms: Sequence[Term]) -> Term:
     if len(terms) == 1:
         return terms[0]
     gates = [
-        torch.full((t.A.shape[0],), t.scaling, device=t.A.device, dtype=torch.float32)
+        torch.full((t.A.shape[0],), t.scaling, device=t.A.device, dtype=compute_dtype(t.A))
         if t.gate is None
         else (t.gate * t.scaling).expand(t.A.shape[0])
         for t in terms
