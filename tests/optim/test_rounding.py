@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraloom.optim import APOLLO, Fira, GaLore, expected_memory, state_bytes
+from loraloom.optim import APOLLO, Fira, GaLore, WeightAdam, expected_memory, state_bytes
 from loraloom.optim.rounding import move_
 
 from .galore.support import chain, loss_of, matrices_and_vectors, train
@@ -83,12 +83,15 @@ VARIANTS = {
     "apollo": (APOLLO, {"scale": 1.0}),
     "adafactor": (GaLore, {"inner": "adafactor"}),
     "sgd": (GaLore, {"inner": "sgd", "momentum": 0.9}),
+    "AdamW": (WeightAdam, {}),
+    "AdamW, fused": (WeightAdam, {"fused": True}),
 }
 
 
 def build(model: nn.Module, variant: str, **options) -> torch.optim.Optimizer:
     kind, settings = VARIANTS[variant]
-    return kind(matrices_and_vectors(model), **{"lr": 1e-4, "rank": 4, "update_gap": 5, **settings, **options})
+    projected = {} if kind is WeightAdam else {"rank": 4, "update_gap": 5}
+    return kind(matrices_and_vectors(model), **{"lr": 1e-4, **projected, **settings, **options})
 
 
 def progress(variant: str, rounding: str, seed: int = 0) -> float:
@@ -104,7 +107,7 @@ def progress(variant: str, rounding: str, seed: int = 0) -> float:
     return float(ways[0] @ ways[1] / ways[0].square().sum())
 
 
-@pytest.mark.parametrize("variant", ["galore", "layerwise", "8 bits", "fira", "apollo"])
+@pytest.mark.parametrize("variant", ["galore", "layerwise", "8 bits", "fira", "apollo", "AdamW", "AdamW, fused"])
 def test_weights_go_where_float32_weights_go(variant: str) -> None:
     """A step of 3e-4 is below half a neighbor's distance of most weights.
 

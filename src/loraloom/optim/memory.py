@@ -138,6 +138,8 @@ def _moments(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> int | No
     kind = type(optimizer)
     if kind is WeightAdam and group["is_gate"] and group["gate_method"] == "sgd":
         return _size(p) if group["gate_momentum"] else 0
+    if kind is WeightAdam and compensated(p, group["rounding"]):
+        return 2 * 4 * p.numel() + _STEP + (_size(p) if group["rounding"] == "kahan" else 0)
     if kind in (torch.optim.AdamW, WeightAdam):
         return (3 if group.get("amsgrad") else 2) * _size(p) + _STEP
     if kind is torch.optim.SGD:

@@ -42,7 +42,19 @@ class AdamWOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightAdamOptions(AdamWOptions):
+class RoundingOptions:
+    """What optimizers that add their steps to bfloat16 weights themselves have in common."""
+
+    rounding: Rounding = "nearest"
+    """How a step is added to a bfloat16 weight: `kahan` keeps what rounding cut off, in two bytes a weight;
+    `stochastic` rounds up or down at random, right on average. `nearest` loses steps below 1/256 of the weight. Moments
+    are float32 with either."""
+    seed: int = 0
+    """Seed of what is drawn at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightAdamOptions(AdamWOptions, RoundingOptions):
     """WeightAdam: AdamW, and projected gradient descent for gates."""
 
     gate_method: Literal["sgd", "adam"] = "sgd"
@@ -68,7 +80,7 @@ class NoOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionOptions:
+class ProjectionOptions(RoundingOptions):
     """What GaLore, Fira and APOLLO have in common."""
 
     rank: int = 128
@@ -87,11 +99,6 @@ class ProjectionOptions:
     output embedding and weights tied to an embedding."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from `rank`: pattern of module names to rank; the last that matches counts."""
-    rounding: Rounding = "nearest"
-    """How a step is added to a bfloat16 weight: `kahan` keeps what rounding cut off, in two bytes a weight;
-    `stochastic` rounds up or down at random, right on average. `nearest` loses steps below 1/256 of the weight."""
-    seed: int = 0
-    """Seed of what is drawn at random."""
 
     def __post_init__(self) -> None:
         check_choices(self)

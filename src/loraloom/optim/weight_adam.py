@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from loraloom.errors import InputError, RunFailedError
+from loraloom.optim.adamw import step_adamw
+from loraloom.optim.options import Rounding, WeightAdamOptions
 from loraloom.optim.param_groups import build_param_groups
+from loraloom.optim.rounding import check_rounding, compensated
 from loraloom.update.simplex import Constraint
 
 # The reference's rate for encoders (8.0 for Llama-2-7b); Adam's steps have the rate's own size.
@@ -36,16 +39,14 @@ class WeightAdam(Optimizer):
         gate_lr: rate of the gates; default 5.0 with "sgd", 0.05 with "adam".
         constraint: the set that the gates are projected onto after each step, for example ``KSparse(20)``; None leaves
             them free. Assign to ``optimizer.constraint`` to change it.
-        betas: AdamW's averaging rates, also for gates stepped by "adam".
-        eps: AdamW's epsilon; torch's default. The WeightLoRA paper trains with 1e-6.
+        betas, eps: AdamW's, also for gates stepped by "adam". The WeightLoRA paper trains with eps=1e-6.
         weight_decay: decoupled decay of the groups that set none themselves. Gates never decay.
-        gate_method: "sgd" as in the paper, or "adam" where the gradients of the layers differ by orders of magnitude.
-        gate_momentum: heavy-ball momentum of "sgd"; 0 in the paper.
+        gate_method, gate_momentum, rounding, seed: see `WeightAdamOptions`.
         foreach: torch's flag; None lets torch choose.
         fused: torch's flag. `torch.amp.GradScaler` unscales before the step all the same, as the gates need it.
 
     Raises:
-        ValueError: an argument is out of range; gates are given a weight decay; gate_lr or a constraint is given, but
+        InputError: an argument is out of range; gates are given a weight decay; gate_lr or a constraint is given, but
             there are no gates, or fewer than the constraint's k.
     """
 
@@ -56,43 +57,52 @@ class WeightAdam(Optimizer):
         gate_lr: float | None = None,
         constraint: Constraint | None = None,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        betas: tuple[float, float] = WeightAdamOptions.betas,
+        eps: float = WeightAdamOptions.eps,
         weight_decay: float = 1e-2,
-        gate_method: Literal["sgd", "adam"] = "sgd",
-        gate_momentum: float = 0.0,
+        gate_method: Literal["sgd", "adam"] = WeightAdamOptions.gate_method,
+        gate_momentum: float = WeightAdamOptions.gate_momentum,
+        rounding: Rounding = WeightAdamOptions.rounding,
+        seed: int = WeightAdamOptions.seed,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        if gate_method not in DEFAULT_GATE_LR:
-            raise ValueError(f"gate_method={gate_method!r} is unknown; use 'sgd' or 'adam'")
+        options = WeightAdamOptions(
+            betas=betas, eps=eps, gate_method=gate_method, gate_momentum=gate_momentum, rounding=rounding, seed=seed
+        )
         if gate_momentum and gate_method == "adam":
-            raise ValueError(f"gate_momentum={gate_momentum} is for gate_method='sgd'; Adam's momentum is betas[0]")
+            raise InputError(
+                f"gate_momentum={gate_momentum} is for gate_method='sgd'; Adam's momentum is betas[0]", code="exclusive"
+            )
         if foreach and fused:
-            raise ValueError("foreach=True and fused=True exclude each other; set one of them")
+            raise InputError("foreach=True and fused=True exclude each other; set one of them", code="exclusive")
         for name, value in (("lr", lr), ("gate_lr", gate_lr or 0.0), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise ValueError(f"{name}={value} is negative; pass 0 or more")
+                raise InputError(f"{name}={value} is negative; pass 0 or more", code="out-of-range")
         for name, value in (("betas[0]", betas[0]), ("betas[1]", betas[1]), ("gate_momentum", gate_momentum)):
             if not 0 <= value < 1:
-                raise ValueError(f"{name}={value} is out of range; pass 0 or more and less than 1")
+                raise InputError(f"{name}={value} is out of range; pass 0 or more, less than 1", code="out-of-range")
         self.constraint = constraint
         self._gate_lr = DEFAULT_GATE_LR[gate_method] if gate_lr is None else gate_lr
         if isinstance(params, nn.Module):
             params = build_param_groups(params, lr, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "is_gate": False}
         defaults |= {"foreach": foreach, "fused": fused, "gate_method": gate_method, "gate_momentum": gate_momentum}
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "rounding": rounding, "seed": seed})
+        check_rounding(options.rounding, [p for group in self.param_groups for p in group["params"]])
 
         gates = sum(p.numel() for group in self.param_groups if group["is_gate"] for p in group["params"])
         for option, given in (("gate_lr", gate_lr), ("constraint", constraint)):
             if given is not None and not gates:
-                raise ValueError(
+                raise InputError(
                     f"{option}={given} was given, but there are no gates; train with use_gate=True, or mark the gates' "
-                    "group with is_gate=True"
+                    "group with is_gate=True",
+                    code="nothing-for-rate",
                 )
         if getattr(constraint, "k", 0) > gates:
-            raise ValueError(f"constraint={constraint} keeps more gates than the {gates} there are; lower k")
+            raise InputError(
+                f"constraint={constraint} keeps more gates than the {gates} there are; lower k", code="out-of-range"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own drops attributes, so that a copy could not step.
@@ -102,11 +112,42 @@ class WeightAdam(Optimizer):
         """As torch's; a group with ``is_gate=True`` takes gate_lr and no weight decay unless it sets its own rate."""
         if param_group.get("is_gate"):
             if decay := param_group.setdefault("weight_decay", 0.0):
-                raise ValueError(f"weight_decay={decay} on the gates would pull each towards zero; pass 0")
+                raise InputError(
+                    f"weight_decay={decay} on the gates would pull each towards zero; pass 0", code="gates-decay"
+                )
             param_group.setdefault("lr", self._gate_lr)
             # Whether a gate has had a non-zero gradient. In the group, so that it is saved and restored.
             param_group.setdefault("started", False)
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; torch's AdamW's state is taken too. Options that it lacks stay; moments keep their precision.
+
+        Raises:
+            InputError: the saved gates are other parameters, or the saved rounding is another.
+        """
+        saved = []
+        for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):  # torch compares lengths
+            for key in ("is_gate", "rounding"):
+                if theirs.get(key, mine[key]) != mine[key]:
+                    raise InputError(
+                        f"the saved state has {key}={theirs[key]!r} where this optimizer has {mine[key]!r}; build it "
+                        "as in the run that saved it",
+                        code="other-state",
+                    )
+            saved.append({**{k: v for k, v in mine.items() if k not in ("params", "param_names")}, **theirs})
+        saved += state_dict["param_groups"][len(saved) :]
+        super().load_state_dict({**state_dict, "param_groups": saved})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in saved for key in group["params"]]
+        for p, key in zip(parameters, keys, strict=True):
+            if compensated(p, self.defaults["rounding"]):
+                for name in ("exp_avg", "exp_avg_sq"):  # which torch has cast to bfloat16
+                    if name in state_dict["state"].get(key, {}):
+                        value = state_dict["state"][key][name]
+                        self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+                if self.defaults["rounding"] == "kahan" and p in self.state:
+                    self.state[p].setdefault("error", torch.zeros_like(p))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -123,16 +164,17 @@ class WeightAdam(Optimizer):
             The closure's loss, if there is a closure.
 
         Raises:
-            ValueError: a gate is not finite after its step, or the constraint's k exceeds the number of gates.
+            RunFailedError: a gate or its gradient is not finite, which has no projection; nothing has moved.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # First, because they can fail, and then nothing may have moved.
+        self._step_gates([group for group in self.param_groups if group["is_gate"]])
         for group in self.param_groups:
             if not group["is_gate"]:
                 self._step_adamw(group)
-        self._step_gates([group for group in self.param_groups if group["is_gate"]])
         return loss
 
     def _step_gates(self, groups: list[dict[str, Any]]) -> None:
@@ -146,6 +188,8 @@ class WeightAdam(Optimizer):
                 return
             for group in groups:
                 group["started"] = True
+        if self.constraint is not None:
+            _check_finite(gates)
         for group in groups:
             if group["gate_method"] == "adam":
                 self._step_adamw(group)
@@ -157,35 +201,8 @@ class WeightAdam(Optimizer):
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            if not state:
-                # As in torch's AdamW: the count stays on the host unless the fused kernel reads it.
-                precise = torch.get_default_dtype() == torch.float64 and not group["fused"]
-                state["step"] = torch.zeros(
-                    (),
-                    dtype=torch.float64 if precise else torch.float32,
-                    device=p.device if group["fused"] else "cpu",
-                )
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=group["foreach"],
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        step_adamw(params, states, group, group["seed"] + (number << 16))
 
     def _step_sgd(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -193,7 +210,7 @@ class WeightAdam(Optimizer):
         if group["gate_momentum"]:
             for i, p in enumerate(params):
                 state = self.state[p]
-                if not state:
+                if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffers[i] = state["momentum_buffer"]
         sgd(
@@ -208,6 +225,24 @@ class WeightAdam(Optimizer):
             dampening=0.0,
             nesterov=False,
             maximize=False,
+        )
+
+
+def _check_finite(gates: list[Tensor]) -> None:
+    """Refuse a gate whose value or gradient is not finite. Waits for the device once.
+
+    Raises:
+        RunFailedError: "not-finite".
+    """
+    good = torch.ones(sum(g.numel() for g in gates), dtype=torch.bool, device=gates[0].device)
+    good &= _vector(gates).isfinite()
+    good &= _vector([torch.zeros_like(g) if g.grad is None else g.grad for g in gates]).isfinite()
+    if not good.all():
+        index = int(good.logical_not().nonzero()[0])
+        raise RunFailedError(
+            f"gate {index + 1} of {len(good)} or its gradient is not finite, so the gates have no projection; look for "
+            "the overflow before it, or lower gate_lr",
+            code="not-finite",
         )
 
 
