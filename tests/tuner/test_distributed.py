@@ -1,47 +1,61 @@
 """DDP and FSDP2 on two processes give what one process gives on the whole batch."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.tuner import distributed_worker as worker
+from loraloom import LoomConfig
+from tests.processes import WORLD, run_on_ranks, whole
+from tests.tuner.support import ALL_PARTS, Pair, randomise
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The directory in which two processes have left what they trained, a file for each mode."""
-    directory = tmp_path_factory.mktemp("two_processes")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", worker.__name__, str(rank), str(directory)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(worker.WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return directory
+STEPS, BATCH = 4, 8
 
 
-@pytest.mark.parametrize("mode", worker.MODES)
-def test_two_processes_equal_one(mode, trained):
-    model = worker.build()
+def build() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(Pair(), LoomConfig(r=3, target_modules=["first", "second"], **ALL_PARTS), "one")
+    model.add_adapter("two", LoomConfig(r=2, target_modules=["first"], use_dora=True))
+    model.base_model.set_adapter(["one", "two"])
+    randomise(model)
+    return model
+
+
+def train(model: torch.nn.Module, rank: int = 0, world: int = 1) -> None:
+    """AdamW on this rank's share of a fixed batch, two micro-batches a step."""
+    generator = torch.Generator().manual_seed(7)
+    x, y = torch.randn(2, STEPS, 2, BATCH, 8, generator=generator)
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(STEPS):
+        for micro in range(2):
+            share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+            F.mse_loss(model(x[step, micro, share]), y[step, micro, share]).backward()
+        adam.step()
+        adam.zero_grad()
+
+
+def train_in_mode(rank: int, mode: str) -> dict[str, torch.Tensor]:
+    model = build()
+    if mode == "ddp":
+        train(DistributedDataParallel(model), rank, WORLD)
+    else:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in (model.get_base_model().first, model.get_base_model().second):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        train(model, rank, WORLD)
+    return whole(model)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(mode):
+    model = build()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    worker.train(model)
-    state = load_file(trained / f"{mode}.safetensors")
+    train(model)
+    state, _ = run_on_ranks(train_in_mode, mode)
     assert state.keys() == before.keys()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(state[name], parameter.detach(), rtol=1e-4, atol=1e-5)

@@ -1,21 +1,18 @@
 """GaLore on two processes: DDP, FSDP2 and the compressed all-reduce take the steps of one on the whole batch."""
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from loraloom.errors import InputError
 from loraloom.optim import Fira, GaLore
+from tests.processes import run_on_ranks, whole
 
 from .support import Chain, chain, loss_of, matrices_and_vectors
 
@@ -33,13 +30,6 @@ def train(model: nn.Module, optimizer: GaLore, rows: slice) -> None:
         optimizer.step()
 
 
-def whole(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
-
-
 def shard(model: Chain, mesh: DeviceMesh) -> Chain:
     model = copy.deepcopy(model)
     for layer in (model.tall, model.wide):
@@ -47,8 +37,7 @@ def shard(model: Chain, mesh: DeviceMesh) -> Chain:
     return fully_shard(model, mesh=mesh)
 
 
-def worker(rank: int, start: Chain, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def worker(rank: int, start: Chain) -> dict[str, dict[str, torch.Tensor]]:
     rows, results = slice(4 * rank, 4 * rank + 4), {}
 
     replicated = DistributedDataParallel(copy.deepcopy(start))
@@ -81,13 +70,10 @@ def worker(rank: int, start: Chain, folder: str) -> None:
     with pytest.raises(InputError) as caught:
         Fira(matrices_and_vectors(sharded), lr=1e-2, rank=4)
     assert caught.value.code == "sharded"
-
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
-    os._exit(0)  # DDP's and gloo's destructors, run after the group is gone, have been seen to wait for ever
+    return results
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one() -> None:
     start = chain(torch.float64)
     expected = {}
     for side in ("std", "reverse_std", "full"):
@@ -95,8 +81,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         train(single, build(single, side=side), slice(None))
         expected[side] = whole(single)
 
-    mp.spawn(worker, args=(start, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = run_on_ranks(worker, start)
     assert len(first) == 6
     for kind, weights in first.items():
         side = kind.removeprefix("fsdp_") if kind.startswith("fsdp_") else "std"
