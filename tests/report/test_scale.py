@@ -9,18 +9,8 @@ from hypothesis import strategies as st
 
 from loraloom.report.model import Heatmap
 from loraloom.report.palette import DARK, LIGHT, contrast, luminance, text_on
-from loraloom.report.scale import (
-    COLOUR_STEPS,
-    MINUS,
-    MISSING,
-    colour_range,
-    colour_step,
-    column,
-    fixed,
-    linear_axis,
-    log_axis,
-    number,
-)
+from loraloom.report.scale import COLOUR_STEPS, colour_range, colour_step, linear_axis, log_axis
+from loraloom.text import MINUS, MISSING, column, fixed, number
 
 finite = st.floats(-1e12, 1e12, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-12)
 

@@ -9,7 +9,8 @@ from typing import Any
 from loraloom.adapter.base import BaseWeights
 from loraloom.adapter.serving import features, kind_of_other
 from loraloom.adapter.stored import StoredAdapter, pattern_value
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 
 _PREFIX = "base_model.model."
 # Names that wrappers leave in a state dict when the wrapped model is saved.

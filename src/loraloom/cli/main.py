@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 from loraloom import __version__
-from loraloom.errors import InputError, RunFailedError, RunInterruptedError, did_you_mean
+from loraloom.errors import InputError, RunFailedError, RunInterruptedError
+from loraloom.text import did_you_mean
 
 VERBS = {
     "quickstart": "fine-tune a real model on real text in a few minutes, without the hub",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.console import Console
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 
 if TYPE_CHECKING:
     from loraloom.report import Report

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from loraloom.cli.options import Saving, first_process, parse, quiet_libraries, save_report
 from loraloom.errors import InputError, RunInterruptedError
+from loraloom.text import readable_bytes
 from loraloom.training.config import (
     DataSection,
     Method,
@@ -22,7 +23,6 @@ from loraloom.training.config import (
     OutputSection,
 )
 from loraloom.training.loading import load_config
-from loraloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from loraloom.training.run import RunResult

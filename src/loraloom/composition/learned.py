@@ -1,5 +1,6 @@
 """What a composition has learned: its weights per layer and on average, and penalties on them while they train."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean, text_table
 from loraloom.tuner.layer import LoomLayer
 
 
@@ -40,7 +42,7 @@ def learned_weights(model: nn.Module, adapter_name: str = "composition") -> Lear
     means = {}
     for name in part.names:
         present = [weights[name] for weights in layers.values() if name in weights]
-        means[name] = sum(present) / len(present)
+        means[name] = statistics.fmean(present)
     return LearnedWeights(layers, means)
 
 
@@ -50,12 +52,7 @@ def format_weights(learned: LearnedWeights) -> str:
     rows = [["layer", *names]]
     for module, weights in [*learned.layers.items(), ("mean", learned.mean)]:
         rows.append([module, *(f"{weights[name]:.3f}" if name in weights else "-" for name in names)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for module, *cells in rows:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([module.ljust(widths[0]), *right]))
-    return "\n".join(lines)
+    return text_table(rows)
 
 
 def penalty(

@@ -10,8 +10,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraloom.adapter.stored import StoredAdapter, open_adapter
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
 from loraloom.io.checkpoint import read_json
+from loraloom.text import did_you_mean
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.peft_internals import features_of
 from loraloom.update.terms import Term

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = (INDEX, "model.safetensors", "adapter_model.safetensors")

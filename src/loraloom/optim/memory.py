@@ -13,6 +13,7 @@ from loraloom.optim.galore.engine import ProjectedOptimizer
 from loraloom.optim.galore.methods import GaLore
 from loraloom.optim.rounding import compensated
 from loraloom.optim.weight_adam import WeightAdam
+from loraloom.text import text_table
 
 _STEP = 4  # torch's optimizers count the steps of each parameter in a float32
 
@@ -99,11 +100,7 @@ def format_galore(optimizer: ProjectedOptimizer) -> str:
     cells = [["shape", "treatment", "tensors", "parameters", "state bytes"]]
     for key, (tensors, parameters, state) in table:
         cells.append([*key, f"{tensors:,}", f"{parameters:,}", f"{state:,}" if known else "-"])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    )
+    return text_table(cells, left=2)
 
 
 def _expected(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> int | None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from loraloom.errors import InputError
 from loraloom.optim.options import GroupOptions
+from loraloom.text import text_table
 from loraloom.update.parts import PARTS
 
 # The first component of the dotted name that is listed here decides; PEFT's names and ours.
@@ -111,12 +112,7 @@ def format_param_groups(groups: Iterable[dict[str, Any]]) -> str:
         decay = f"{group['weight_decay']:.3g}"
         rows.append((group.get("name", f"group {index}"), str(len(group["params"])), f"{count:,}", rate, decay))
     rows.append(("total", str(tensors), f"{parameters:,}", "", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *right]).rstrip())
-    return "\n".join(lines)
+    return text_table(rows)
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

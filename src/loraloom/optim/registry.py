@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
 from loraloom.optim import options as o
+from loraloom.text import did_you_mean
 
 
 @dataclass(frozen=True)

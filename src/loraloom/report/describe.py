@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from loraloom.report.model import Bars, Cell, Figure, Heatmap, Lines, Table
-from loraloom.report.scale import amounts, column, number
+from loraloom.text import amounts, column, number
 
 
 def describe(figure: Figure) -> str:

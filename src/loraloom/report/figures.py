@@ -24,18 +24,8 @@ from loraloom.report.drawing import (
     width_of,
 )
 from loraloom.report.model import Bars, Event, Heatmap, Lines, Scatter
-from loraloom.report.scale import (
-    COLOUR_STEPS,
-    Axis,
-    amounts,
-    cell_decimals,
-    colour_range,
-    colour_step,
-    fixed,
-    linear_axis,
-    log_axis,
-    number,
-)
+from loraloom.report.scale import COLOUR_STEPS, Axis, cell_decimals, colour_range, colour_step, linear_axis, log_axis
+from loraloom.text import amounts, fixed, number
 
 Attributes = dict[str, Any]
 BAR_ROW, BAR = 40, 14  # pixels of a bar with its name, and of the bar

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from loraloom.report.describe import figure_table, table_texts
 from loraloom.report.model import Bars, Cell, Heatmap, Report, Section, Table
 from loraloom.report.palette import DARK, LIGHT, Palette, variables
-from loraloom.report.scale import MINUS, MISSING
 from loraloom.report.svg import figure_css, inline_svg
+from loraloom.text import MINUS, MISSING
 
 TILES = 4  # facts set large
 MAX_ROWS = 240  # of a table on the page; a longer one shows evenly spaced rows of it

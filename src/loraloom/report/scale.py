@@ -1,72 +1,13 @@
-"""Numbers on paper: how they are written, where an axis has its ticks, which colour a value has."""
+"""Where a value is on an axis, and which color it has."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraloom.report.model import Heatmap
-from loraloom.units import readable_bytes
+from loraloom.text import decimals
 
 COLOUR_STEPS = 11
-MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
-
-
-def number(value: float | None, unit: str = "", digits: int = 4) -> str:
-    """A value by itself, in at most `digits` significant digits, or "–" for None: `0.8853`, `1,234`, `1.5e−5`.
-
-    Args:
-        value: the amount.
-        unit: follows the number; "bytes" makes it `1.10 GiB`.
-        digits: trailing zeros are dropped.
-    """
-    if value is None:
-        return MISSING
-    if unit == "bytes":
-        return readable_bytes(value)
-    text = _plain(value, digits)
-    return f"{text}{'' if unit == '%' else ' '}{unit}" if unit else text
-
-
-def column(values: Sequence[float | None], digits: int = 4) -> list[str]:
-    """Values below each other: all with the same decimals, as many as they need, unless a small one then looks zero."""
-    known = [value for value in values if value]
-    places = decimals(known, digits)
-    if all(isinstance(value, int) for value in known) or any(abs(value) < 0.95 * 10.0**-places for value in known):
-        return [number(value, digits=digits) for value in values]
-    needed = max(len(fixed(value, places).rstrip("0").partition(".")[2]) for value in known) if places else 0
-    return [number(value) if not value else fixed(value, needed) for value in values]
-
-
-def amounts(values: Sequence[float | None], unit: str) -> list[str]:
-    """`column` with a unit behind each; bytes are written each in its own multiple."""
-    if unit == "bytes":
-        return [number(value, unit) for value in values]
-    space = "" if unit in ("", "%") else " "
-    return [text if text == MISSING else f"{text}{space}{unit}" for text in column(values)]
-
-
-def decimals(values: Sequence[float], digits: int) -> int:
-    """Decimals with which the largest of the values has `digits` significant digits."""
-    largest = max((abs(value) for value in values), default=0.0)
-    return min(max(0, digits - 1 - math.floor(math.log10(largest))), 9) if largest else 0
-
-
-def fixed(value: float, places: int) -> str:
-    """A value with a fixed number of decimals and a typographic minus; "0" for what is exactly zero."""
-    text = f"{value:,.{places}f}" if value else "0"
-    return text.removeprefix("-") if not text.strip("-0.") else text.replace("-", MINUS)
-
-
-def _plain(value: float, digits: int) -> str:
-    size = abs(value)
-    if value == 0 or (isinstance(value, int) and size < 1e15):
-        return fixed(value, 0)
-    if 1e-3 <= size < 1e15:
-        text = fixed(value, decimals([value], digits))
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from loraloom.module_names import place
 from loraloom.selection.selection import AdapterSelection
+from loraloom.text import place, text_table
 
 
 class SelectionCallback(TrainerCallback):
@@ -78,7 +78,7 @@ def format_selection(selection: AdapterSelection) -> str:
         rows.setdefault(layer, {})[module] = f"{last.get(name, 1.0):.2f}" if name in kept else "."
     columns = list(dict.fromkeys(module for cells in rows.values() for module in cells))
     table = [["layer", *columns], *([layer, *(cells.get(c, "") for c in columns)] for layer, cells in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     ranks = ", ".join(str(r) for r in sorted(set(kept.values())))
-    return "\n".join([*lines, f"{len(kept)} of {len(selection.modules)} adapters kept, rank {ranks}"])
+    return "\n".join(
+        [text_table(table, left=0), f"{len(kept)} of {len(selection.modules)} adapters kept, rank {ranks}"]
+    )

@@ -1,6 +1,7 @@
 """What a run shows on the terminal: a bar while it works, a table of epochs, a table of results."""
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,7 +180,7 @@ def weights_table(composed: Composed) -> Table:
         layers.setdefault(place(name)[0], []).append(weights)
     for layer, modules in layers.items():
         of_members = ([weights[member] for weights in modules if member in weights] for member in composed.mean)
-        table.add_row(layer, *(f"{sum(w) / len(w):.3f}" if w else "." for w in of_members))
+        table.add_row(layer, *(f"{statistics.fmean(w):.3f}" if w else "." for w in of_members))
     table.add_section()
     table.add_row("average", *(f"{weight:.3f}" for weight in composed.mean.values()))
     return table

@@ -1,12 +1,12 @@
 """``LoomConfig``: one configuration for LoRA, MoSLoRA, DoRA, WeightLoRA and every combination of their parts."""
 
-import difflib
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from peft import LoraConfig, PeftConfig
 
+from loraloom.text import did_you_mean
 from loraloom.tuner.peft_internals import LOOM
 from loraloom.update.composition import Composition
 
@@ -92,10 +92,9 @@ class LoomConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                near = did_you_mean(name, known) or "."
                 raise TypeError(
-                    f"LoomConfig has no field {name!r}.{hint} If it comes from a saved adapter, that adapter needs a "
+                    f"LoomConfig has no field {name!r}{near} If it comes from a saved adapter, that adapter needs a "
                     "newer loraloom: pip install -U loraloom."
                 )
         return super().__new__(cls)

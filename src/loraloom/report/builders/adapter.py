@@ -5,7 +5,7 @@ from typing import Any
 
 from loraloom.report.builders.modules import by_layer, finite
 from loraloom.report.model import Cell, Fact, Report, Section, Table
-from loraloom.report.scale import MISSING, number
+from loraloom.text import MISSING, number
 
 AMOUNTS = (
     ("relative_norm", "Size of the update", "‖ΔW‖ / ‖W‖", "Frobenius norms of the update and of the base weight."),

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraloom.report.builders.modules import finite
 from loraloom.report.model import Bars, Cell, Fact, Lines, Report, Section, Series, Table
-from loraloom.report.scale import number
+from loraloom.text import number
 
 LEARNING_RATE = "training.learning_rate"
 COSTS = (

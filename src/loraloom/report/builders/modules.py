@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loraloom.module_names import place, short_names
 from loraloom.report.model import Heatmap
+from loraloom.text import place, short_names
 
 
 def by_layer(values: Mapping[str, float | None], unit: str, **options: Any) -> Heatmap:

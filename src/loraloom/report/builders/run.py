@@ -11,7 +11,7 @@ from loraloom.errors import InputError
 from loraloom.report.builders.composition import composition_sections
 from loraloom.report.builders.modules import by_layer, finite, labels_of
 from loraloom.report.model import Bars, Event, Fact, Heatmap, Lines, Report, Section, Series, Table
-from loraloom.report.scale import number
+from loraloom.text import number
 
 METRICS_FILE, STATE_FILE, CONFIG_FILE, SELECTION_FILE = (
     *("metrics.json", "trainer_state.json", "resolved.yaml", "selection.json"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraloom.report.builders.modules import by_layer, finite
 from loraloom.report.model import Cell, Fact, Lines, Point, Report, Scatter, Section, Series, Table
-from loraloom.report.scale import number
+from loraloom.text import number
 
 AMOUNTS = (
     ("relative_norm", "Size of the update", "‖ΔW‖ / ‖W‖", "Frobenius norms of the update and of the base weight."),

@@ -1,6 +1,7 @@
 """From the outcomes of the runs to what a reader wants: for each method its best point, and what it costs there."""
 
 import dataclasses
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from loraloom.training.compare.config import LEARNING_RATE, Plan
 from loraloom.training.compare.execution import Outcome
 from loraloom.training.compare.runs import point_key
-from loraloom.training.compare.statistics import PairedTest, mean, paired_test, standard_deviation
+from loraloom.training.compare.statistics import PairedTest, paired_test, standard_deviation
 
 FORMAT_VERSION = 1
 
@@ -143,7 +144,7 @@ def _candidates(plan: Plan, outcomes: Sequence[Outcome]) -> list[Candidate]:
             key = point_key(outcome.run.point)
             values.setdefault(key, {})[outcome.run.seed] = outcome.result["after"][plan.metric]
     return [
-        Candidate(points[key], own, mean([*own.values()]), standard_deviation([*own.values()]))
+        Candidate(points[key], own, statistics.fmean(own.values()), standard_deviation([*own.values()]))
         for key, own in values.items()
     ]
 
@@ -164,7 +165,7 @@ def _test(one: Candidate | None, baseline: Candidate | None) -> PairedTest | Non
 
 def _mean(values: Iterable[float]) -> float | None:
     collected = list(values)
-    return mean(collected) if collected else None
+    return statistics.fmean(collected) if collected else None
 
 
 def _retention(results: Sequence[Mapping[str, Any]], when: str) -> float | None:

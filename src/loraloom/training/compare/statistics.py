@@ -11,6 +11,7 @@ pair: d_s = x_s - y_s for each seed s. Both tests are two-sided against "the dif
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,17 +34,9 @@ class PairedTest:
     """2 / 2^n: what the exact test can reach at best with these pairs."""
 
 
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean of one value or more."""
-    return math.fsum(values) / len(values)
-
-
 def standard_deviation(values: Sequence[float]) -> float | None:
     """The sample's standard deviation, sqrt(sum (x - mean)^2 / (n - 1)); None for a single value."""
-    if len(values) < 2:
-        return None
-    centre = mean(values)
-    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def paired_test(values: Sequence[float], baseline: Sequence[float]) -> PairedTest:
@@ -56,7 +49,9 @@ def paired_test(values: Sequence[float], baseline: Sequence[float]) -> PairedTes
         raise ValueError(f"expected pairs, got {len(values)} values and {len(baseline)} of the baseline")
     differences = [x - y for x, y in zip(values, baseline, strict=True)]
     n = len(differences)
-    return PairedTest(n, mean(differences), sign_flip_p(differences), t_test_p(differences), min(1.0, 2.0 ** (1 - n)))
+    return PairedTest(
+        n, statistics.fmean(differences), sign_flip_p(differences), t_test_p(differences), min(1.0, 2.0 ** (1 - n))
+    )
 
 
 def sign_flip_p(differences: Sequence[float]) -> float | None:
@@ -76,7 +71,7 @@ def t_test_p(differences: Sequence[float]) -> float | None:
     spread = standard_deviation(differences)
     if spread is None:
         return None
-    centre = mean(differences)
+    centre = statistics.fmean(differences)
     if spread <= 1e-12 * abs(centre) or spread == 0.0:
         return 1.0 if centre == 0.0 else None
     return student_t_two_sided(centre / (spread / math.sqrt(len(differences))), len(differences) - 1)
