@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError(f"--jobs {command.jobs}: expected 1 or more")
     from loraloom.training.compare import RESULT, compare, load_plan
     from loraloom.training.compare.display import cost_table, quality_table
+    from loraloom.training.compare.verdict import verdict
 
     console = command.console()
     plan = load_plan(command.file, overrides)
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         again = shlex.join(["loraloom", "compare", *arguments])
         raise RunInterruptedError(f"{error}; go on with: {again}") from None
     console.print(quality_table(comparison), cost_table(comparison))
+    console.print(verdict(comparison), highlight=False, soft_wrap=True, markup=False)
     for note in comparison.notes:
         console.print(f"- {note}", highlight=False, soft_wrap=True)
     console.print(f"Saved in {comparison.folder}: {RESULT}, runs/", highlight=False, soft_wrap=True)
@@ -53,6 +55,6 @@ def main(arguments: Sequence[str]) -> None:
         from loraloom.report.builders.comparison import comparison_report
 
         typed = shlex.join(["loraloom", "compare", *arguments])
-        save_report(comparison_report(comparison.to_dict(), typed), command.report, console)
+        save_report(comparison_report(comparison, typed), command.report, console)
     if command.json:
         print(json.dumps(comparison.to_dict()))

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     if command.report is not None:
         from loraloom.report.builders.adapter import export_report
 
-        save_report(export_report(report.to_dict(), typed), command.report, console)
+        save_report(export_report(report, typed), command.report, console)
     command.publish(report.path, console)
     if command.json:
         print(json.dumps(report.to_dict()))

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         from loraloom.report.builders.adapter import inspection_report
 
         typed = shlex.join(["loraloom", "inspect", *arguments])
-        save_report(inspection_report(inspection.to_dict(), typed), command.report, console)
+        save_report(inspection_report(inspection, typed), command.report, console)
     if command.json:
         print(json.dumps(inspection.to_dict()))
     if inspection.errors:

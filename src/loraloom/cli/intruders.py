@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,8 +86,8 @@ def main(arguments: Sequence[str]) -> None:
     if command.report is not None:
         from loraloom.report.builders import intruder_report
 
-        points: list[Mapping[str, Any]] = result.get("points", [])
-        save_report(intruder_report(found.to_dict(), typed, sweep=points), command.report, console)
+        points = [] if scales is None else swept.points
+        save_report(intruder_report(found, typed, sweep=points), command.report, console)
     if command.out is not None:
         command.publish(command.out, console)
     if command.json:

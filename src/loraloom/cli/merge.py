@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     if command.report is not None:
         from loraloom.report.builders.adapter import merge_report
 
-        save_report(merge_report(result.to_dict(), typed), command.report, console)
+        save_report(merge_report(result, typed), command.report, console)
     command.publish(result.out, console)
     if command.json:
         print(json.dumps(result.to_dict()))

@@ -1,6 +1,7 @@
 """A comparison: which runs it does, what it makes of their numbers, and how it goes on after anything at all."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -111,6 +112,19 @@ def test_retention_is_shown_where_runs_report_it(plan):
     text = text_of(cost_table(comparison))
     assert "retention: accuracy" in text
     assert "0.9000 -> 0.6000" in text
+
+
+def test_a_run_that_diverged_counts_as_one_without_a_result(plan):
+    def behaviour(config):
+        broken = config.method.name == "dora" and config.training["seed"] == 0
+        return 0, "", {"after": {"loss": 1.0, "accuracy": math.nan if broken else 0.5, "macro_f1": 0.5}}
+
+    comparison = compare(plan(), start=Launcher(behaviour))
+    dora = by_label(comparison)["dora"]
+    assert set(dora.best.values) == {1, 2}
+    assert dora.failed == len(dora.candidates)
+    assert dora.versus_baseline.n == 2
+    assert dora.versus_baseline.p_sign_flip == 1.0
 
 
 def test_the_lowest_loss_wins(plan):

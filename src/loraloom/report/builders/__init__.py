@@ -1,6 +1,6 @@
-"""From the results of the verbs, as plain dicts, to reports. One file per kind of result."""
+"""From the results of the verbs to reports. One file per kind of result."""
 
-from loraloom.report.builders.adapter import inspection_report, merge_report
+from loraloom.report.builders.adapter import export_report, inspection_report, merge_report
 from loraloom.report.builders.comparison import comparison_report
 from loraloom.report.builders.composition import composition_sections
 from loraloom.report.builders.modules import by_layer
@@ -11,6 +11,7 @@ __all__ = [
     "by_layer",
     "comparison_report",
     "composition_sections",
+    "export_report",
     "inspection_report",
     "intruder_report",
     "merge_report",

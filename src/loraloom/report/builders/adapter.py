@@ -1,11 +1,16 @@
-"""One adapter: what is in it, and whether the merged model is the right one."""
+"""One adapter: what is in it, whether its export is exact, whether the merged model is the right one."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from loraloom.report.builders.modules import by_layer, finite
 from loraloom.report.model import Cell, Fact, Report, Section, Table
 from loraloom.text import MISSING, number
+
+if TYPE_CHECKING:
+    from loraloom.adapter.inspect import Inspection
+    from loraloom.export.export import ExportReport
+    from loraloom.merge.merge import MergeResult
 
 AMOUNTS = (
     ("relative_norm", "Size of the update", "‖ΔW‖ / ‖W‖", "Frobenius norms of the update and of the base weight."),
@@ -17,113 +22,91 @@ AMOUNTS = (
 )
 
 
-def inspection_report(inspection: Mapping[str, Any], command: str) -> Report:
-    """What `loraloom inspect` found.
-
-    Args:
-        inspection: a dict with `path`, `method`, `base` (or None), `parameters`, `nbytes`, `layers` (each a dict with
-            `module`, `rank` and, None where unknown, `norm`, `relative_norm`, `effective_rank`, `stable_rank`, `gate`),
-            `findings` (each with `level`, "error" or "warning", `message` and `names`) and `serving` (each with
-            `server`, `effect`, `reasons` and `run`, what to type to serve it).
-        command: what was typed.
-    """
-    layers, findings = inspection["layers"], inspection["findings"]
+def inspection_report(inspection: "Inspection", command: str) -> Report:
+    """What `loraloom inspect` found: findings, a heatmap of each amount that differs, and the serving table."""
+    layers, findings = inspection.layers, inspection.findings
     sections = []
     if findings:
-        found: list[list[Cell]] = [[one["level"], one["message"], _names(one["names"])] for one in findings]
+        found: list[list[Cell]] = [[one.level, one.message, _names(one.names)] for one in findings]
         sections.append(Section("Findings", table=Table(["", "what", "where"], found)))
     for key, title, unit, note in AMOUNTS:
-        values = {layer["module"]: finite(layer.get(key)) for layer in layers}
+        values = {layer.module: finite(getattr(layer, key)) for layer in layers}
         known = {value for value in values.values() if value is not None}
         if not known or (key == "rank" and len(known) == 1):
             continue
-        if key == "norm" and any(layer["relative_norm"] is not None for layer in layers):
+        if key == "norm" and any(layer.relative_norm is not None for layer in layers):
             continue
         span: dict[str, Any] = {"signed": True} if min(known) < 0 else {"low": 0.0}
         sections.append(Section(title, note, by_layer(values, unit, **span)))
-    if inspection["serving"]:
+    if inspection.serving:
         rows: list[list[Cell]] = [
-            [one["server"], one["effect"], "; ".join(one["reasons"]), one["run"]] for one in inspection["serving"]
+            [one.server, one.effect, "; ".join(one.reasons), one.run] for one in inspection.serving
         ]
         sections.append(Section("Serving", table=Table(["program", "", "why", "what to run"], rows)))
-    errors = sum(finding["level"] == "error" for finding in findings)
+    errors = len(inspection.errors)
     warnings = len(findings) - errors
     found_in_all = f"{errors} error{'s' * (errors != 1)} and {warnings} warning{'s' * (warnings != 1)}."
     return Report(
-        title=f"{inspection['method']} adapter",
+        title=f"{inspection.method} adapter",
         command=command,
         lead=found_in_all if findings else "Nothing wrong was found.",
         summary=[
             Fact("modules", f"{len(layers):,}"),
-            Fact("rank", _span(sorted({layer["rank"] for layer in layers}))),
-            Fact("parameters", f"{inspection['parameters']:,}"),
-            Fact("size", number(inspection["nbytes"], "bytes")),
-            Fact("adapter", str(inspection["path"])),
-            *([Fact("base model", str(inspection["base"]))] if inspection["base"] else []),
+            Fact("rank", _span(sorted({layer.rank for layer in layers}))),
+            Fact("parameters", f"{inspection.parameters:,}"),
+            Fact("size", number(inspection.nbytes, "bytes")),
+            Fact("adapter", inspection.path),
+            *([Fact("base model", inspection.base)] if inspection.base else []),
         ],
         sections=sections,
     )
 
 
-def export_report(export: Mapping[str, Any], command: str) -> Report:
-    """What `loraloom export` wrote, and how exact it is.
-
-    Args:
-        export: a dict with `path`, `target`, `rank`, `dtype`, `error` (||dW - dW'|| / ||dW|| over all modules),
-            `lossy`, `modules` (each a dict with `module`, `rank`, `exported_rank` and `error`) and `dropped` (names).
-        command: what was typed.
-    """
-    modules = export["modules"]
-    exactness = "an approximation" if export["lossy"] else "exact up to rounding"
+def export_report(export: "ExportReport", command: str) -> Report:
+    """What `loraloom export` wrote, and how exact it is."""
+    exactness = "an approximation" if export.lossy else "exact up to rounding"
     sections = [
         Section(
             "Error",
             "Frobenius norm of what the export changes of each update, over that of the update.",
-            by_layer({one["module"]: finite(one["error"]) for one in modules}, "relative error", low=0.0),
+            by_layer({one.module: finite(one.error) for one in export.modules}, "relative error", low=0.0),
         )
     ]
-    if export["dropped"]:
-        rows: list[list[Cell]] = [[name] for name in export["dropped"]]
+    if export.dropped:
+        rows: list[list[Cell]] = [[name] for name in export.dropped]
         sections.append(Section("Left out", "Their update is zero.", table=Table(["module"], rows)))
     return Report(
         title="Exported adapter",
         command=command,
-        lead=f"A plain LoRA for {export['target']}: {exactness}, read back and compared.",
+        lead=f"A plain LoRA for {export.target}: {exactness}, read back and compared.",
         summary=[
-            Fact("error", number(export["error"]), "of the update"),
-            Fact("modules", f"{len(modules):,}"),
-            Fact("rank", _span(sorted({one["exported_rank"] for one in modules}))),
-            Fact("dtype", export["dtype"]),
-            Fact("folder", str(export["path"])),
+            Fact("error", number(export.error, digits=2), "of the update"),
+            Fact("modules", f"{len(export.modules):,}"),
+            Fact("rank", _span(sorted({one.exported_rank for one in export.modules}))),
+            Fact("dtype", export.dtype),
+            Fact("folder", export.path),
         ],
         sections=sections,
     )
 
 
-def merge_report(merge: Mapping[str, Any], command: str) -> Report:
-    """What `loraloom merge` wrote, and how far it is from the model with its adapter.
-
-    Args:
-        merge: merge.json: a dict with `out` (the folder), `base`, `adapters` (paths), `bytes`, `peak_memory_bytes`,
-            `seconds`, `modules` (by name ||W' - W|| / ||W||), `rounding` (what the stored dtype takes away of the
-            update, or None), `notes` (sentences) and `verification` (None, or a dict with `prompts`,
-            `max_logit_difference`, `adapter_effect` and `top1_agreement`, a share of positions).
-        command: what was typed.
-    """
-    check = merge["verification"]
+def merge_report(merge: "MergeResult", command: str) -> Report:
+    """What `loraloom merge` wrote, and how far it is from the model with its adapter."""
+    check = merge.verification
     facts = []
     if check:
+        largest = number(check["max_logit_difference"], digits=2)
         facts += [
-            Fact("largest logit difference", number(check["max_logit_difference"]), f"on {check['prompts']} prompts"),
+            Fact("largest logit difference", largest, f"on {check['prompts']} prompts"),
             Fact("same top token", f"{check['top1_agreement']:.2%}", "of all positions"),
         ]
     facts += [
-        Fact("written", number(merge["bytes"], "bytes"), f"in {merge['seconds']:.1f} s"),
-        Fact("peak memory", number(merge["peak_memory_bytes"], "bytes")),
-        *([Fact("lost by rounding", f"{merge['rounding']:.2%}", "of the update")] if merge["rounding"] else []),
-        Fact("base", str(merge["base"])),
-        *(Fact("adapter", str(path)) for path in merge["adapters"]),
-        Fact("folder", str(merge["out"])),
+        Fact("written", number(merge.bytes, "bytes"), f"in {merge.seconds:.1f} s"),
+        Fact("peak memory", number(merge.peak_memory_bytes, "bytes")),
+        *([Fact("lost by rounding", f"{merge.rounding:.2%}", "of the update")] if merge.rounding else []),
+        Fact("base", merge.base),
+        *(Fact("adapter", path) for path in merge.adapters),
+        Fact("folder", merge.out),
     ]
     lead = (
         f"On {check['prompts']} prompts the merged model's logits differ by at most "
@@ -133,9 +116,9 @@ def merge_report(merge: Mapping[str, Any], command: str) -> Report:
         else "Not verified: --verify compares the merged model's logits with those of the base with its adapter."
     )
     note = "Frobenius norms of what was added and of the weight before."
-    sections = [Section("What was added", note, by_layer(merge["modules"], "‖ΔW‖ / ‖W‖", low=0.0))]
-    if merge["notes"]:
-        sections.append(Section("Notes", table=Table(["note"], [[note] for note in merge["notes"]])))
+    sections = [Section("What was added", note, by_layer(merge.modules, "‖ΔW‖ / ‖W‖", low=0.0))]
+    if merge.notes:
+        sections.append(Section("Notes", table=Table(["note"], [[note] for note in merge.notes])))
     return Report("Merged model", command, lead, facts, sections)
 
 

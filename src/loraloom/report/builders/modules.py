@@ -7,6 +7,9 @@ from typing import Any
 from loraloom.report.model import Heatmap
 from loraloom.text import place, short_names
 
+METRIC_NAMES = {"macro_f1": "macro-F1", "micro_f1": "micro-F1", "f1": "F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2"}
+METRIC_NAMES |= {"rougeL": "ROUGE-L", "bleu": "BLEU", "matthews": "Matthews correlation", "mse": "mean squared error"}
+
 
 def by_layer(values: Mapping[str, float | None], unit: str, **options: Any) -> Heatmap:
     """One amount per module as a heatmap of layers by modules.
@@ -29,6 +32,11 @@ def labels_of(modules: Mapping[str, Any]) -> list[str]:
     places = [place(name) for name in modules]
     heads = short_names(module for _, module in places)
     return [heads[module] if layer == "-" else f"{layer} {heads[module]}" for layer, module in places]
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people write it: "macro_f1" as "macro-F1", "eval_loss" as "eval loss"."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
 def finite(value: float | None) -> float | None:

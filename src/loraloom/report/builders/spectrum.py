@@ -1,60 +1,67 @@
 """Intruder dimensions, layer by layer, and what scaling them down costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from loraloom.report.builders.modules import by_layer, finite
+from loraloom.report.builders.modules import by_layer, finite, metric_name
 from loraloom.report.model import Cell, Fact, Lines, Point, Report, Scatter, Section, Series, Table
 from loraloom.text import number
 
+if TYPE_CHECKING:
+    from loraloom.intruders.report import IntruderReport, SweepPoint
+
+KEPT = "retention_"  # how the metrics of data.retention begin
 AMOUNTS = (
     ("relative_norm", "Size of the update", "‖ΔW‖ / ‖W‖", "Frobenius norms of the update and of the base weight."),
     ("effective_rank", "Effective rank", "effective rank", "Exponential of the entropy of ΔW's singular values."),
-    ("error", "Lost to the rank", "relative error", "What the limited rank takes away of the mitigated update."),
 )
+ERROR = ("Lost to the rank", "relative error", "What the limited rank takes away of the mitigated update.")
 
 
 def intruder_report(
-    found: Mapping[str, Any], command: str, *, sweep: Sequence[Mapping[str, Any]] = (), title: str | None = None
+    found: "IntruderReport", command: str, *, sweep: "Sequence[SweepPoint]" = (), title: str | None = None
 ) -> Report:
     """Heatmaps of how much of an adapter is intruder, and the trade-off of a sweep where there is one.
 
     Args:
-        found: a dict with `adapter`, `top_k`, `epsilon` and `layers`, each a dict with `name`, `intruders` (indices
-            among the top k), `cosines` (for each of the merged weight's top k left singular vectors the largest cosine
-            with any of the base's), `exact` (False: the cosines are bounds) and, where known, `relative_norm`,
-            `effective_rank` and `error`.
+        found: the intruders of an adapter.
         command: what was typed.
         sweep: the points of a sweep, see `trade_off_section`.
         title: of the page; default: the name of the adapter.
     """
-    layers, top_k, epsilon = found["layers"], found["top_k"], found["epsilon"]
-    counts = {layer["name"]: float(len(layer["intruders"])) for layer in layers}
-    lowest = {layer["name"]: finite(min(layer["cosines"], default=None)) for layer in layers}
+    layers, top_k, epsilon = found.layers, found.top_k, found.epsilon
+    counts = {layer.name: float(len(layer.intruders)) for layer in layers}
+    lowest = {layer.name: finite(min(layer.cosines, default=None)) for layer in layers}
     total, touched = int(sum(counts.values())), sum(count > 0 for count in counts.values())
-    note = f"Of the same vectors the one least like the base: below {epsilon:g} it is an intruder."
-    if not all(layer["exact"] for layer in layers):
-        note += " Where the base weight was not decomposed, an intruder's cosine is an upper bound, any other a lower."
+    note = f"Lowest cosine among the same vectors: below {epsilon:g} it is an intruder's."
+    if not all(layer.exact for layer in layers):
+        note += (
+            " Where the base weight was not decomposed, cosines are upper bounds for intruders and lower bounds for "
+            "the rest."
+        )
     sections = [trade_off_section(sweep)] if sweep else []
     sections += [
         Section(
             "Intruder dimensions",
-            f"Of each module's top {top_k} left singular vectors after merging, how many have no cosine of {epsilon:g} "
-            "or more with any of the base weight's.",
+            f"Number of each merged weight's top {top_k} left singular vectors whose cosine with every one of the base "
+            f"weight's is below {epsilon:g}.",
             by_layer(counts, f"intruders of {top_k}", low=0.0, high=max(1.0, *counts.values(), 1.0)),
-            _modules_table(layers),
+            _modules_table(found),
         ),
         Section("Lowest cosine", note, by_layer(lowest, "lowest cosine", low=0.0, high=1.0)),
     ]
     for key, heading, unit, explanation in AMOUNTS:
-        values = {layer["name"]: layer.get(key) for layer in layers}
+        values = {layer.name: getattr(layer, key) for layer in layers}
         if any(value is not None for value in values.values()):
             sections.append(Section(heading, explanation, by_layer(values, unit, low=0.0)))
+    if found.errors:
+        heading, unit, explanation = ERROR
+        sections.append(Section(heading, explanation, by_layer(found.errors, unit, low=0.0)))
     known = [value for value in lowest.values() if value is not None]
     worst = max(counts, key=lambda name: counts[name], default="")
     return Report(
-        title=title or f"Intruder dimensions of {Path(found['adapter']).name}",
+        title=title or f"Intruder dimensions of {Path(found.adapter).name}",
         command=command,
         lead=f"{total} intruder dimensions in {touched} of {len(layers)} modules."
         if total
@@ -62,47 +69,60 @@ def intruder_report(
         summary=[
             Fact("intruder dimensions", f"{total:,}", f"among the top {top_k} of each module"),
             Fact("modules with one", f"{touched} of {len(layers)}"),
-            *([Fact("lowest cosine", number(min(known)))] if known else []),
+            *([Fact("lowest cosine", number(min(known), digits=2))] if known else []),
             *([Fact("most in one module", f"{counts[worst]:.0f}", worst)] if total else []),
             Fact("epsilon", f"{epsilon:g}"),
-            Fact("adapter", str(found["adapter"])),
+            Fact("adapter", found.adapter),
         ],
         sections=sections,
     )
 
 
-def trade_off_section(sweep: Sequence[Mapping[str, Any]]) -> Section:
-    """What is kept of the base against what is kept of the task, a point per scale.
+def trade_off_section(sweep: "Sequence[SweepPoint]") -> Section:
+    """Retention against the task, a point per scale; over the scale where only one of them was measured.
 
     Args:
-        sweep: for each scale a dict with `scale` (1 leaves the adapter as it is), `metrics` (name to value: of the
-            fine-tuned task first, of what the base could do before second; with one metric it is drawn over the scale)
-            and `error` (what the limited rank lost).
+        sweep: points whose `metrics` are the task's and, with the prefix `retention_`, the same of data.retention.
     """
-    names = list(dict.fromkeys(name for point in sweep for name in point["metrics"]))
-    rows: list[list[Cell]] = [
-        [point["scale"], *(finite(point["metrics"].get(name)) for name in names), finite(point["error"])]
-        for point in sweep
-    ]
-    table = Table(["scale λ", *names, "lost to the rank"], rows)
-    note = "Intruder dimensions scaled by λ: 1 leaves the adapter as it is, 0 takes them out."
-    if len(names) < 2:
-        drawn = names[0] if names else "lost to the rank"
-        curve = Series(drawn, [point["scale"] for point in sweep], [row[1] for row in rows])  # type: ignore[misc]
-        return Section("Mitigation", note, Lines("scale λ", drawn, [curve]), table)
-    task, retention = names[:2]
-    points = [
-        Point(f"λ = {point['scale']:g}", point["metrics"][retention], point["metrics"][task])
-        for point in sweep
-        if finite(point["metrics"].get(task)) is not None and finite(point["metrics"].get(retention)) is not None
-    ]
-    return Section("Mitigation trade-off", note, Scatter(retention, task, points, connected=True), table)
-
-
-def _modules_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    used = [amount for amount in AMOUNTS if any(layer.get(amount[0]) is not None for layer in layers)]
+    names = list(dict.fromkeys(name for point in sweep for name in point.metrics))
+    if "loss" in names:  # the same number twice
+        names = [name for name in names if not name.endswith("perplexity")]
+    task = next((name for name in names if not name.startswith(KEPT)), None)
+    kept = next((name for name in names if name.startswith(KEPT) and name.removeprefix(KEPT) == task), None)
+    lossy = any(point.error for point in sweep)
+    heads = [*map(_heading, names), *(["lost to the rank"] if lossy else [])]
     rows: list[list[Cell]] = []
-    for layer in layers:
-        lowest = finite(min(layer["cosines"], default=None))
-        rows.append([layer["name"], len(layer["intruders"]), lowest, *(finite(layer.get(key)) for key, *_ in used)])
-    return Table(["module", "intruders", "lowest cosine", *(unit for _, _, unit, _ in used)], rows)
+    for point in sweep:
+        values = [finite(point.metrics.get(name)) for name in names]
+        rows.append([point.scale, *values, *([finite(point.error)] if lossy else [])])
+    table = Table(["scale λ", *heads], rows)
+    note = "Intruder dimensions scaled by λ: 1 leaves the adapter as it is, 0 takes them out."
+    if task is None or kept is None:
+        drawn = "lost to the rank" if task is None else _heading(task)
+        y = [finite(point.error if task is None else point.metrics.get(task)) for point in sweep]
+        curve = Series(drawn, [point.scale for point in sweep], y)
+        return Section("Mitigation", note, Lines("scale λ", drawn, [curve]), table)
+    points = [
+        Point(f"λ = {point.scale:g}", point.metrics[kept], point.metrics[task])
+        for point in sweep
+        if finite(point.metrics.get(task)) is not None and finite(point.metrics.get(kept)) is not None
+    ]
+    figure = Scatter(_heading(kept), _heading(task), points, connected=True)
+    return Section("Mitigation trade-off", note, figure, table)
+
+
+def _heading(metric: str) -> str:
+    """ "retention_accuracy" as "accuracy, retention set", "loss" as "loss, task"."""
+    name = metric_name(metric.removeprefix(KEPT))
+    return f"{name}, {'retention set' if metric.startswith(KEPT) else 'task'}"
+
+
+def _modules_table(found: "IntruderReport") -> Table:
+    used = [(key, unit) for key, _, unit, _ in AMOUNTS if any(getattr(x, key) is not None for x in found.layers)]
+    rows: list[list[Cell]] = []
+    for layer in found.layers:
+        amounts = [finite(getattr(layer, key)) for key, _ in used]
+        error = [finite(found.errors.get(layer.name))] if found.errors else []
+        rows.append([layer.name, len(layer.intruders), finite(min(layer.cosines, default=None)), *amounts, *error])
+    heads = ["module", "intruders", "lowest cosine", *(unit for _, unit in used), *([ERROR[1]] if found.errors else [])]
+    return Table(heads, rows)

@@ -1,6 +1,7 @@
 """From the outcomes of the runs to what a reader wants: for each method its best point, and what it costs there."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class MethodResult:
     retention_before: float | None
     """The same before training."""
     failed: int
-    """Runs without a result, over all points."""
+    """Runs without a result, or with one that is not finite, over all points."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def summarise(plan: Plan, outcomes: Sequence[Outcome], jobs: int) -> Comparison:
     candidates = {label: _candidates(plan, own) for label, own in by_label.items()}
     best = {label: _best(plan, own) for label, own in candidates.items()}
     methods = [
-        _method(label, own, candidates[label], best[label], best[plan.baseline]) for label, own in by_label.items()
+        _method(label, own, candidates[label], best[label], best[plan.baseline], plan.metric)
+        for label, own in by_label.items()
     ]
     return Comparison(
         task=plan.task,
@@ -118,6 +120,7 @@ def _method(
     candidates: Sequence[Candidate],
     best: Candidate | None,
     baseline: Candidate | None,
+    metric: str,
 ) -> MethodResult:
     point = None if best is None else best.point
     at_best = [o.result for o in outcomes if o.result is not None and o.run.point == point]
@@ -132,7 +135,7 @@ def _method(
         wall_time_seconds=_mean(r["wall_time_seconds"] for r in at_best),
         retention=_retention(at_best, "after"),
         retention_before=_retention(at_best, "before"),
-        failed=sum(o.result is None for o in outcomes),
+        failed=sum(o.result is None or not math.isfinite(o.result["after"][metric]) for o in outcomes),
     )
 
 
@@ -140,9 +143,9 @@ def _candidates(plan: Plan, outcomes: Sequence[Outcome]) -> list[Candidate]:
     values: dict[str, dict[int, float]] = {}
     points = {point_key(outcome.run.point): outcome.run.point for outcome in outcomes}
     for outcome in outcomes:
-        if outcome.result is not None:
-            key = point_key(outcome.run.point)
-            values.setdefault(key, {})[outcome.run.seed] = outcome.result["after"][plan.metric]
+        value = None if outcome.result is None else outcome.result["after"][plan.metric]
+        if value is not None and math.isfinite(value):  # a run that diverged has no place in a mean
+            values.setdefault(point_key(outcome.run.point), {})[outcome.run.seed] = value
     return [
         Candidate(points[key], own, statistics.fmean(own.values()), standard_deviation([*own.values()]))
         for key, own in values.items()
