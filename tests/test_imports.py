@@ -148,3 +148,14 @@ def test_long_files_have_a_reason():
         if len(path.read_text(encoding="utf-8").splitlines()) > 350
     }
     assert long == LONG_FILES.keys()
+
+
+def test_no_test_imports_from_a_test():
+    """What two tests share stands in a file of its own: support.py, models.py, processes.py."""
+    names = {
+        f"{path.name}: {node.module}"
+        for path in Path(__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2].startswith(("test_", "conftest"))
+    }
+    assert not names

@@ -4,7 +4,7 @@ import copy
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -31,8 +31,3 @@ def same_logits(folder, reference, auto=AutoModelForCausalLM, ids=IDS, tolerance
     assert not any(info.values()), info
     torch.testing.assert_close(logits(model, ids), logits(reference, ids), atol=tolerance, rtol=0)
     return model
-
-
-def llama(**options):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes, **options))

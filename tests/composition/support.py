@@ -27,6 +27,7 @@ class Net(nn.Module):
         return self.mix(torch.tanh(self.plain(x))).mean(1)
 
 
+LOGITS = "loom_logits_lora_magnitude_vector"  # a part of the name keeps TRL from casting them to bf16
 LINEARS = ["layers.0", "layers.1", "plain"]
 # Name -> what differs from one member to the next; "lora_bias" where PEFT allows it.
 MEMBERS = {
@@ -87,3 +88,12 @@ def summed(weights: dict[str, float] | dict[str, dict[str, float]]) -> Net:
                 if name in w:
                     parameter.add_(w[name] * (new - old))
     return result
+
+
+def set_logits(model: nn.Module, seed: int = 5) -> None:
+    """Weights of the members that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if LOGITS in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))

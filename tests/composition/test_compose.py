@@ -11,23 +11,14 @@ from torch.utils._pytree import tree_leaves
 from loraloom import LoomConfig, compose
 from loraloom.composition import learned_weights
 from loraloom.update.composition import CONSTRAINTS
-from tests.composition.support import LINEARS, MEMBERS, WEIGHTS, base, ids, lora, summed
+from tests.composition.support import LINEARS, LOGITS, MEMBERS, WEIGHTS, base, ids, lora, set_logits, summed
 from tests.tuner.support import assert_near, randomise
 
 MODULES = {"embed", "conv", *LINEARS}
-LOGITS = "loom_logits_lora_magnitude_vector"  # a part of the name keeps TRL from casting them to bf16
 
 
 def trainable(model):
     return {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad}
-
-
-def set_logits(model, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if LOGITS in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def test_given_weights_give_the_weighted_sum_of_pefts_updates(members):

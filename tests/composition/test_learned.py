@@ -7,8 +7,7 @@ from loraloom import compose
 from loraloom.composition import format_weights, learned_weights, penalty
 from loraloom.errors import InputError
 from loraloom.optim import build_optimizer
-from tests.composition.support import MEMBERS, WEIGHTS, base, ids
-from tests.composition.test_compose import LOGITS
+from tests.composition.support import LOGITS, MEMBERS, WEIGHTS, base, ids
 
 
 def test_the_table_has_a_line_per_layer_and_a_dash_for_an_absent_member(members):

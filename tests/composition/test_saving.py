@@ -13,8 +13,7 @@ from loraloom.adapter.stored import open_adapter
 from loraloom.composition import learned_weights
 from loraloom.io.checkpoint import read_json
 from loraloom.update.terms import fold
-from tests.composition.support import LINEARS, WEIGHTS, base, ids, summed
-from tests.composition.test_compose import LOGITS, set_logits
+from tests.composition.support import LINEARS, LOGITS, WEIGHTS, base, ids, set_logits, summed
 from tests.tuner.support import assert_near
 
 

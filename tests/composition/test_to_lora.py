@@ -13,8 +13,7 @@ from loraloom import LoomConfig, compose
 from loraloom.composition import to_lora
 from loraloom.composition.to_lora import svd_of_product
 from loraloom.errors import InputError
-from tests.composition.support import LINEARS, MEMBERS, WEIGHTS, base, ids, lora
-from tests.composition.test_compose import set_logits
+from tests.composition.support import LINEARS, MEMBERS, WEIGHTS, base, ids, lora, set_logits
 from tests.tuner.support import assert_near, randomise
 
 pytestmark = [

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from loraloom import compose
 from loraloom.composition import learned_weights
-from tests.composition.test_compose import LOGITS
-from tests.tuner.test_training import ARGUMENTS, HALF, STEPS, tokens
+from tests.composition.support import LOGITS
+from tests.tuner.trainer import ARGUMENTS, HALF, STEPS, tokens
 
 QUANTIZED = {
     "device_map": "cpu",

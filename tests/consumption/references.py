@@ -15,28 +15,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import AutoModelForCausalLM
+
+from tests.models import gpt2, llama, mixtral
 
 IDS = torch.arange(20).reshape(2, 10)  # the whole vocabulary
 TOP_K, EPSILON, SCALE = 3, 0.7, 0.25  # of the search for intruders, and what is left of each
 PREFIX = "base_model.model."
-_SIZES = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16, "initializer_range": 0.2}
+_SIZES: dict[str, Any] = {"vocab_size": 20, "initializer_range": 0.2}
 BASES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, **_HEADS, attention_bias=True, tie_word_embeddings=False)),
-    "tied": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, **_HEADS, tie_word_embeddings=True)),
-    "moe": lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, **_HEADS, num_local_experts=2)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2)
-    ),
+    "llama": lambda: llama(16, attention_bias=True, tie_word_embeddings=False, **_SIZES),
+    "tied": lambda: llama(16, tie_word_embeddings=True, **_SIZES),
+    "moe": lambda: mixtral(16, **_SIZES),
+    "gpt2": lambda: gpt2(n_positions=16, n_layer=2, **_SIZES),
 }
 BASES["pruned"] = BASES["llama"]
 

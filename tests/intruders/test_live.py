@@ -31,9 +31,9 @@ from tests.tuner.support import (
     assert_near,
     make_base,
     make_input,
+    quantised_base,
     randomise,
 )
-from tests.tuner.test_quantized import quantised_base
 
 EPSILON = 0.97  # so that small random layers have intruders
 OPTIONS = {"epsilon": EPSILON, "top_k": 4}

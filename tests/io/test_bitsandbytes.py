@@ -13,7 +13,8 @@ from loraloom.io.bitsandbytes import DequantisedCheckpoint
 from loraloom.io.checkpoint import open_checkpoint
 from loraloom.merge import edits
 from loraloom.merge.merge import merge_checkpoint
-from tests.adapter.support import llama, logits, trained
+from tests.adapter.support import logits, trained
+from tests.models import llama
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 FORMATS = {

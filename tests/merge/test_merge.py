@@ -12,8 +12,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPT2Model,
 )
 
@@ -22,7 +20,8 @@ from loraloom.errors import InputError
 from loraloom.io.checkpoint import open_checkpoint
 from loraloom.merge import edits
 from loraloom.merge.merge import merge_checkpoint
-from tests.adapter.support import llama, logits, same_logits, trained
+from tests.adapter.support import logits, same_logits, trained
+from tests.models import gpt2, llama
 
 # PEFT tells what it saves, and that it does not tie what it trains: both are what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model (with|has) `?tie")
@@ -174,10 +173,6 @@ def test_tied_weights(tmp_path, options, stays_tied):
     assert ("lm_head.weight" in open_checkpoint(tmp_path / "out")) != stays_tied
     assert result.added == [] if stays_tied else result.added == ["lm_head.weight"]
     assert any("has its own" in note for note in result.notes) != stays_tied
-
-
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
 
 
 @pytest.mark.parametrize("target", ["c_proj", "wte"])

@@ -5,10 +5,11 @@ import json
 import peft
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
 
 from loraloom import LoomConfig
 from loraloom.selection import AdapterSelection, HalveAndDouble, SelectionCallback
+from tests.models import bert_classifier
 
 from .support import assert_identical, optimizer_for, tensors
 
@@ -18,8 +19,7 @@ OPTIONS = {"warmup_steps": 2, "select_until": 0.5, "expand": HalveAndDouble(time
 
 def base() -> BertForSequenceClassification:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes))
+    return bert_classifier()
 
 
 def build(folder, log: bool = False, **arguments) -> tuple[Trainer, AdapterSelection]:

@@ -12,8 +12,7 @@ from torch import nn
 
 from loraloom import speed_up
 from loraloom.tuner.quantized import prevent_cpu_repacking
-from tests.tuner.support import make_base, make_input, randomise
-from tests.tuner.test_quantized import quantised_base
+from tests.tuner.support import make_base, make_input, quantised_base, randomise
 
 KINDS = ("linear", "conv1d", "nf4", "int8", "gptq", "awq")
 QUANTISED = ("nf4", "int8")  # in float32, the rest in float64

@@ -68,6 +68,22 @@ def nf4_linear(inputs: int, outputs: int, dtype: torch.dtype, *, nested: bool = 
     return layer.to("cpu")  # quantises
 
 
+def int8_linear(inputs, outputs, seed=0):
+    torch.manual_seed(seed)
+    source = nn.Linear(inputs, outputs)
+    layer = bnb.nn.Linear8bitLt(inputs, outputs, has_fp16_weights=False, threshold=0.0)
+    layer.load_state_dict(source.state_dict())
+    return layer.to("cpu")
+
+
+def quantised_base(kind, dtype=torch.float32):
+    """32 outputs and 64 inputs: the least that bitsandbytes repacks."""
+    layer = int8_linear(64, 32) if kind == "int8" else nf4_linear(64, 32, dtype, nested=kind == "nested nf4")
+    base = Toy(layer)
+    setattr(base, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    return base
+
+
 def make_base(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Toy:
     """A toy model with weights that depend on the seed only, in eval mode."""
     torch.manual_seed(seed)

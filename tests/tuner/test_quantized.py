@@ -20,27 +20,12 @@ from tests.tuner.support import (
     assert_near,
     nf4_linear,
     peft_names,
+    quantised_base,
     randomise,
 )
 
 IDS = torch.arange(10, 22).reshape(2, 6)
 EVERY_BASE = ["nf4", "nested nf4", "int8"]
-
-
-def int8_linear(inputs, outputs, seed=0):
-    torch.manual_seed(seed)
-    source = nn.Linear(inputs, outputs)
-    layer = bnb.nn.Linear8bitLt(inputs, outputs, has_fp16_weights=False, threshold=0.0)
-    layer.load_state_dict(source.state_dict())
-    return layer.to("cpu")
-
-
-def quantised_base(kind, dtype=torch.float32):
-    """32 outputs and 64 inputs: the least that bitsandbytes repacks."""
-    layer = int8_linear(64, 32) if kind == "int8" else nf4_linear(64, 32, dtype, nested=kind == "nested nf4")
-    base = Toy(layer)
-    setattr(base, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
-    return base
 
 
 def quantised(kind, parts=ALL_PARTS, dtype=torch.float32):

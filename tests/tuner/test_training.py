@@ -10,22 +10,9 @@ from trl import SFTConfig, SFTTrainer
 
 from loraloom import LoomConfig
 from tests.tuner.support import ALL_PARTS
+from tests.tuner.trainer import ARGUMENTS, HALF, STEPS, tokens
 
-STEPS, HALF = 6, 3
 SENTENCES = [f"the {a} {b} {c} ." for a in ("red", "green", "blue") for b in ("cat", "dog") for c in ("runs", "sleeps")]
-ARGUMENTS = {
-    "max_steps": STEPS,
-    "save_steps": HALF,
-    "logging_steps": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "linear",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "seed": 3,
-    "dataloader_pin_memory": False,
-}
 
 
 def config(**kwargs):
@@ -65,12 +52,6 @@ class TrainerOfAll(Trainer):
         active = list(self.model.active_adapters)
         super()._load_from_checkpoint(checkpoint, model)
         self.model.base_model.set_adapter(active)
-
-
-def tokens():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(10, 60, (24, 8), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def train(model, directory, resume=None):
