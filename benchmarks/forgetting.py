@@ -25,8 +25,8 @@ from loraloom.report import Lines, Series
 from loraloom.report.png import picture
 from loraloom.training.config import RunConfig
 from loraloom.training.evaluate import sweep_saved
-from loraloom.training.loading import build_config
-from loraloom.training.run import train
+from loraloom.training.fit import train
+from loraloom.training.load import build_config
 
 SCALES = [0.0, 0.25, 0.5, 0.7, 0.75, 0.9, 1.0]
 SHOWN = ("accuracy", "retention_accuracy")

@@ -30,7 +30,6 @@ KNOWN_CIRCLES = {
     ("export.card", "export.export"),
     ("optim.galore.checks", "optim.galore.engine", "optim.galore.layerwise"),
     ("report.png", "report.write"),
-    ("training.card", "training.run"),
 }
 # Files of more than 350 lines, with the reason.
 LONG_FILES = {

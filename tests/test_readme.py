@@ -10,7 +10,7 @@ import pytest
 
 from loraloom import __version__
 from loraloom.cli.main import VERBS
-from loraloom.training.loading import load_config
+from loraloom.training.load import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

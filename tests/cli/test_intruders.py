@@ -11,9 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loraloom.cli.main import main
-from loraloom.training import run
-from loraloom.training.loading import build_config
-from loraloom.training.run import RESULT
+from loraloom.training import fit
+from loraloom.training.fit import RESULT
+from loraloom.training.load import build_config
 
 FIND = ["--epsilon", "0.8", "--top-k", "4"]
 
@@ -83,7 +83,7 @@ def test_a_sweep_of_a_run_evaluates_it(pico_bert_dir, tmp_path, capsys):
         "output": {"dir": str(folder)},
     }
     sections["data"] |= {"retention": str(tmp_path / "animals.jsonl")}
-    run.train(build_config(sections))
+    fit.train(build_config(sections))
     before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     assert main(["intruders", str(folder), *FIND, "--sweep", "1,0", "--scope", "all", "--json"]) == 0
     out, err = capsys.readouterr()

@@ -38,7 +38,7 @@ def run_yaml(pico_bert_dir, colours, tmp_path):
     path = tmp_path / "RUN.yaml"
     content = {
         "model": {"name": str(pico_bert_dir)},
-        "data": {"path": str(colours), "test_path": str(colours)},
+        "data": {"path": str(colours), "test_path": str(colours), "validation_fraction": 0},
         "method": {"name": "moslora", "r": 4},
         "training": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "use_cpu": True},
         "output": {"dir": str(tmp_path / "run")},

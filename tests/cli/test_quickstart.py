@@ -12,7 +12,7 @@ from loraloom.cli.main import main
 from loraloom.report import load_report
 from loraloom.training.config import DataSection, ModelSection, OutputSection
 from loraloom.training.evaluate import evaluate_saved
-from loraloom.training.loading import dump_config, load_config
+from loraloom.training.load import dump_config, load_config
 
 
 @pytest.fixture

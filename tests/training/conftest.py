@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from loraloom.training import run
+from loraloom.training import fit
 from loraloom.training.config import (
     TRAINING_DEFAULTS,
     DataSection,
@@ -42,7 +42,9 @@ def classification(pico_bert_dir, colour_rows, tmp_path):
     """A run of 24 steps with dropout in the model and in the adapters; texts are grouped by length."""
     return RunConfig(
         model=ModelSection(name=str(pico_bert_dir)),
-        data=DataSection(path=str(colour_rows / "train.jsonl"), test_path=str(colour_rows / "test.jsonl")),
+        data=DataSection(
+            path=str(colour_rows / "train.jsonl"), test_path=str(colour_rows / "test.jsonl"), validation_fraction=0
+        ),
         method=MethodSection(name="lora", r=4, lora_alpha=8, lora_dropout=0.1),
         training={
             **TRAINING_DEFAULTS,
@@ -62,7 +64,10 @@ def causal(pico_llama_dir, colour_rows, tmp_path):
     return RunConfig(
         model=ModelSection(name=str(pico_llama_dir), task="causal-lm"),
         data=DataSection(
-            path=str(colour_rows / "train.jsonl"), test_path=str(colour_rows / "test.jsonl"), max_length=32
+            path=str(colour_rows / "train.jsonl"),
+            test_path=str(colour_rows / "test.jsonl"),
+            validation_fraction=0,
+            max_length=32,
         ),
         method=MethodSection(name="lora", r=4, lora_alpha=8, lora_dropout=0.1),
         training={
@@ -81,12 +86,12 @@ def ctrl_c(monkeypatch):
     """Make the next run receive Ctrl-C in the given step."""
 
     def at(step):
-        build = run.build_trainer
+        build = fit.build_trainer
 
-        def with_interrupt(config, model, tokenizer, data, callbacks, retained=None):
-            monkeypatch.setattr(run, "build_trainer", build)
-            return build(config, model, tokenizer, data, [*callbacks, StopAt(step)], retained)
+        def with_interrupt(setup, arguments, model, callbacks):
+            monkeypatch.setattr(fit, "build_trainer", build)
+            return build(setup, arguments, model, [*callbacks, StopAt(step)])
 
-        monkeypatch.setattr(run, "build_trainer", with_interrupt)
+        monkeypatch.setattr(fit, "build_trainer", with_interrupt)
 
     return at

@@ -5,9 +5,12 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+
+from loraloom.errors import InputError
 
 
 def with_method(config, name, **keys):
@@ -48,3 +51,12 @@ class StopAt(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def assert_error(code, named, action):
+    """`action` raises an InputError with this code, whose one line names what it is about."""
+    with pytest.raises(InputError) as caught:
+        action()
+    assert caught.value.code == code, caught.value
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)

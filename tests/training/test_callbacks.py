@@ -1,13 +1,15 @@
 """A run that cannot come to anything ends early and says why; the display shows what happened."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from loraloom.errors import RunFailedError
-from loraloom.training import run
+from loraloom.errors import RunFailedError, RunInterruptedError
+from loraloom.training import fit
 
 
 def with_training(config, **keys):
@@ -19,14 +21,14 @@ def spoil(monkeypatch):
     """Apply a change to the model right after the method's adapters are on it."""
 
     def with_change(change):
-        apply = run.apply_method
+        apply = fit.apply_method
 
         def spoiled(*args):
             model = apply(*args)
             change(model)
             return model
 
-        monkeypatch.setattr(run, "apply_method", spoiled)
+        monkeypatch.setattr(fit, "apply_method", spoiled)
 
     return with_change
 
@@ -39,18 +41,18 @@ def test_no_gradient_ends_the_run(classification, spoil):
 
     spoil(disconnect)
     with pytest.raises(RunFailedError, match="no adapter has had a non-zero gradient in the first 5 steps"):
-        run.train(classification)
+        fit.train(classification)
 
 
 def test_no_trained_adapter_ends_the_run(classification, spoil):
     spoil(lambda model: [p.requires_grad_(False) for name, p in model.named_parameters() if "loom_" in name])
     with pytest.raises(RunFailedError, match=r"no parameter with 'loom_' in its name trains"):
-        run.train(classification)
+        fit.train(classification)
 
 
 def test_a_rate_of_zero_ends_the_run(causal):
     with pytest.raises(RunFailedError, match=r"no adapter weight has changed .* raise training\.learning_rate"):
-        run.train(with_training(causal, learning_rate=0.0))
+        fit.train(with_training(causal, learning_rate=0.0))
 
 
 @pytest.mark.parametrize("kind", ["classification", "causal"])
@@ -61,23 +63,47 @@ def test_nan_loss_ends_the_run(request, spoil, kind):
 
     spoil(poison)
     with pytest.raises(RunFailedError, match=r"loss is nan at step \d+: the run has diverged; lower training.learning"):
-        run.train(with_training(request.getfixturevalue(kind), logging_steps=1))
+        fit.train(with_training(request.getfixturevalue(kind), logging_steps=1))
 
 
 def test_a_healthy_short_run_raises_nothing(classification):
-    assert run.train(with_training(classification, max_steps=2)).steps == 2
+    assert fit.train(with_training(classification, max_steps=2)).steps == 2
 
 
 def test_display_has_a_row_per_epoch(classification):
     console = Console(record=True, width=120, force_terminal=False)
-    result = run.train(classification, console=console)
-    lines = console.export_text().splitlines()
-    table = [line for line in lines[next(i for i, line in enumerate(lines) if "macro f1" in line) :] if "│" in line]
-    assert [line.split()[1] for line in table] == ["0.00", "1.00", "2.00"]
-    assert f"{result.after['accuracy']:.4f}" in table[-1]
+    result = fit.train(validated(classification), console=console)
+    assert [row[0] for row in rows_of(console)] == ["1.00", "2.00"]
+    assert f"{result.validation['accuracy']:.4f}" in rows_of(console)[-1]
+
+
+def test_the_table_and_the_clock_go_on_after_a_resumption(classification, ctrl_c):
+    config = validated(classification)
+    ctrl_c(17)
+    with pytest.raises(RunInterruptedError):
+        fit.train(config)
+    marks = Path(config.output.dir, fit.CHECKPOINTS).glob("checkpoint-17/complete.json")
+    (mark,) = marks
+    mark.write_text(json.dumps({"seconds": 1000.0}))
+    console = Console(record=True, width=120, force_terminal=False)
+    result = fit.train(config, resume=True, console=console)
+    assert [row[0] for row in rows_of(console)] == ["1.00", "2.00"]
+    assert 1000 < result.wall_time_seconds < 1100
+
+
+def validated(config):
+    test = config.data.test_path
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, validation_path=test))
+
+
+def rows_of(console):
+    """The cells of the table of epochs."""
+    lines = console.export_text(clear=False).splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if "macro f1" in line) :]
+    return [line.strip("│ ").split() for line in table if line.startswith("│")][:2]
 
 
 def test_display_on_a_terminal_leaves_the_same_table(classification):
     console = Console(record=True, width=120, force_terminal=True)
-    run.train(with_training(classification, max_steps=3), console=console)
+    fit.train(with_training(validated(classification), max_steps=3, eval_strategy="steps"), console=console)
     assert "macro f1" in console.export_text()

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from loraloom.training import run
+from loraloom.training import fit
 from loraloom.training.data import data_sha256, load_data
-from loraloom.training.loading import dump_config
+from loraloom.training.load import dump_config
 
 from .support import with_method, with_training
 
@@ -18,7 +18,7 @@ from .support import with_method, with_training
 @pytest.mark.parametrize("method", ["moslora", "full"])
 def test_the_card_of_a_classifier(classification, method):
     config = with_method(with_training(classification, max_steps=2), method)
-    result = run.train(config, command="loraloom train RUN.yaml")
+    result = fit.train(config, command="loraloom train RUN.yaml")
     folder = Path(config.output.dir)
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == ("peft" if method == "moslora" else "transformers")

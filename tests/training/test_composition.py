@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraloom.errors import InputError, RunInterruptedError
-from loraloom.training import run
+from loraloom.training import fit
 from loraloom.training.config import CompositionSection, MethodSection
 from loraloom.training.evaluate import evaluate_saved
 
@@ -49,10 +49,10 @@ def composing(config, **keys):
 
 
 def test_it_learns_the_weights_and_nothing_of_the_members(composition):
-    result = run.train(composition)
+    result = fit.train(composition)
     assert result.after["loss"] < result.before["loss"]
     folder = Path(composition.output.dir)
-    assert json.loads((folder / run.RESULT).read_text()) == dataclasses.asdict(result)
+    assert json.loads((folder / fit.RESULT).read_text()) == dataclasses.asdict(result)
     assert evaluate_saved(folder) == result.after
     learned = result.composition.weights
     assert {name.rpartition(".")[2] for name in learned} == {"query", "value"}
@@ -71,23 +71,23 @@ def test_it_learns_the_weights_and_nothing_of_the_members(composition):
 
 
 def test_the_portable_adapter_is_a_plain_lora_that_says_the_same(composition):
-    result = run.train(composition)
+    result = fit.train(composition)
     assert result.composition.rank == 6
     config = json.loads((Path(result.composition.portable) / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
-    data = run.load_data(composition.data, "text-classification")
-    tokenizer = run.load_tokenizer(composition.model)
+    data = fit.load_data(composition.data, "text-classification")
+    tokenizer = fit.load_processor(composition.model)
     inputs = tokenizer(data.test["text"][:], return_tensors="pt", padding=True)
     logits = []
     for folder in (composition.output.dir, result.composition.portable):
-        base, _ = run.load_base(composition.model, data.label_names, tokenizer)
+        base, _ = fit.load_base(composition.model, data, tokenizer)
         with torch.no_grad():
             logits.append(PeftModel.from_pretrained(base, folder).eval()(**inputs).logits)
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_wider_scope_shares_the_weights(composition):
-    result = run.train(with_training(composing(composition, scope="module_type"), max_steps=4))
+    result = fit.train(with_training(composing(composition, scope="module_type"), max_steps=4))
     queries = [w for module, w in result.composition.weights.items() if module.endswith("query")]
     assert queries[0] == pytest.approx(queries[1])
     assert queries[0]["one"] != pytest.approx(0.5, abs=1e-3)
@@ -95,7 +95,7 @@ def test_a_wider_scope_shares_the_weights(composition):
 
 @pytest.mark.parametrize(("given", "expected"), [("uniform", (0.5, 0.5)), ({"one": 0.9, "two": -0.2}, (0.9, -0.2))])
 def test_weights_that_are_given_do_not_train_but_a_head_does(composition, given, expected):
-    result = run.train(composing(composition, weights=given))
+    result = fit.train(composing(composition, weights=given))
     assert result.after["loss"] < result.before["loss"]
     queries = [w for module, w in result.composition.weights.items() if module.endswith("query")]
     assert [tuple(w.values()) for w in queries] == [pytest.approx(expected)] * 2
@@ -107,19 +107,19 @@ def test_without_anything_to_train_it_is_evaluated_and_saved(causal, pico_llama_
     member = save_member(base, tmp_path / "member", 0, ["q_proj", "down_proj"], 2)
     section = CompositionSection(members={"only": member}, weights="uniform")
     config = dataclasses.replace(causal, method=MethodSection(name="composition"), composition=section)
-    result = run.train(config)
+    result = fit.train(config)
     assert (result.steps, result.trainable_parameters) == (0, 0)
     assert result.after == result.before == evaluate_saved(Path(config.output.dir))
 
 
 def test_resume_is_bit_for_bit_the_uninterrupted_run(composition, ctrl_c, tmp_path):
-    whole = run.train(elsewhere(composition, tmp_path / "whole"))
+    whole = fit.train(elsewhere(composition, tmp_path / "whole"))
     ctrl_c(5)
     with pytest.raises(RunInterruptedError, match="stopped after step 5 of 24"):
-        run.train(composition)
+        fit.train(composition)
     with pytest.raises(InputError, match=r"--resume: composition\.scope was 'layer' and is 'model' now"):
-        run.train(composing(composition, scope="model"), resume=True)
-    resumed = run.train(composition, resume=True)
+        fit.train(composing(composition, scope="model"), resume=True)
+    resumed = fit.train(composition, resume=True)
     assert_equal_weights(weights(composition.output.dir), weights(whole.output_dir))
     assert resumed.after == whole.after
     assert resumed.composition.weights == whole.composition.weights
@@ -135,7 +135,7 @@ def test_resume_is_bit_for_bit_the_uninterrupted_run(composition, ctrl_c, tmp_pa
 )
 def test_mistakes_are_one_line(composition, keys, expected):
     with pytest.raises(InputError, match=r"composition: ") as caught:
-        run.train(composing(composition, **keys))
+        fit.train(composing(composition, **keys))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -143,5 +143,5 @@ def test_mistakes_are_one_line(composition, keys, expected):
 def test_an_adapter_of_another_base_is_refused(composition, tmp_path, pico_llama_dir):
     other = save_member(AutoModel.from_pretrained(pico_llama_dir), tmp_path / "llama", 0, ["q_proj"], 2)
     with pytest.raises(InputError, match=r"composition: .*pico_llama.*this model has .bert.") as caught:
-        run.train(composing(composition, members={"other": other}))
+        fit.train(composing(composition, members={"other": other}))
     assert "\n" not in str(caught.value)

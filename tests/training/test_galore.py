@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from loraloom.cli.main import main
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.optim import GaLore, state_bytes
-from loraloom.training import run
+from loraloom.training import fit
 from loraloom.training.evaluate import evaluate_saved
-from loraloom.training.loading import dump_config
+from loraloom.training.load import dump_config
 
 from .support import assert_equal_weights, elsewhere, weights, with_method, with_optimizer, with_training
 
@@ -39,9 +39,9 @@ def trained(monkeypatch):
 
     def train(config, console=None):
         trainers = []
-        build = run.build_trainer
-        monkeypatch.setattr(run, "build_trainer", lambda *a: trainers.append(build(*a)) or trainers[0])
-        run.train(with_training(config, max_steps=3, save_strategy="no", eval_strategy="no"), console=console)
+        build = fit.build_trainer
+        monkeypatch.setattr(fit, "build_trainer", lambda *a: trainers.append(build(*a)) or trainers[0])
+        fit.train(with_training(config, max_steps=3, save_strategy="no", eval_strategy="no"), console=console)
         return trainers[0]
 
     return train
@@ -54,13 +54,13 @@ def trained(monkeypatch):
 def test_it_learns_resumes_bit_for_bit_and_reloads(request, ctrl_c, tmp_path, kind, variant):
     """24 steps with a refresh of every weight in each six, interrupted after 15."""
     config = galore(request.getfixturevalue(kind), **VARIANTS[variant])
-    whole = run.train(elsewhere(config, tmp_path / "whole"))
+    whole = fit.train(elsewhere(config, tmp_path / "whole"))
     assert whole.after["loss"] < whole.before["loss"]
     assert whole.trainable_parameters == whole.total_parameters
     ctrl_c(15)
     with pytest.raises(RunInterruptedError):
-        run.train(config)
-    resumed = run.train(config, resume=True)
+        fit.train(config)
+    resumed = fit.train(config, resume=True)
     assert_equal_weights(weights(config.output.dir), weights(whole.output_dir))
     assert resumed.after == whole.after == evaluate_saved(Path(config.output.dir))
 
@@ -150,17 +150,17 @@ def test_the_default_optimizer_shows_its_memory_without_a_comparison(classificat
 )
 def test_what_it_cannot_honor_is_one_line(causal, keys, message):
     with pytest.raises(InputError, match=f"^optimizer: .*{message}") as caught:
-        run.train(galore(causal, **keys))
+        fit.train(galore(causal, **keys))
     assert "\n" not in str(caught.value)
 
 
 def test_a_rank_of_galore_for_another_optimizer_is_an_error(causal):
     with pytest.raises(InputError, match="optimizer 'adamw' can't honor rank=4; these can: galore"):
-        run.train(with_optimizer(with_method(causal, "full"), rank=4))
+        fit.train(with_optimizer(with_method(causal, "full"), rank=4))
 
 
 def test_layerwise_on_many_processes_is_an_error(causal, monkeypatch):
     arguments = "transformers.TrainingArguments.world_size"
     monkeypatch.setattr(arguments, property(lambda self: 2))
     with pytest.raises(InputError, match=r"optimizer\.layerwise frees gradients before 2 processes"):
-        run.train(dataclasses.replace(galore(causal, layerwise=True)))
+        fit.train(dataclasses.replace(galore(causal, layerwise=True)))

@@ -1,26 +1,81 @@
-"""Metrics and the probe against scikit-learn."""
+"""Metrics by their definitions, and the probe against scikit-learn."""
+
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModel, AutoTokenizer, EvalPrediction
+from transformers import AutoModel, AutoTokenizer
 
-from loraloom.training.metrics import classification_metrics, peak_memory_bytes
+from loraloom.errors import InputError
+from loraloom.training.config import Task
+from loraloom.training.metrics import (
+    DEFAULTS,
+    METRICS,
+    check_metrics,
+    check_packages,
+    compute_metrics,
+    peak_memory_bytes,
+)
 from loraloom.training.probe import fit_logistic_regression, linear_probe, mean_pooled
 
 
+def test_every_task_has_defaults_that_judge_it():
+    assert set(DEFAULTS) == set(get_args(Task))
+    for task, names in DEFAULTS.items():
+        assert all(task in METRICS[name].tasks for name in names)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_accuracy_and_macro_f1_are_scikit_learns(seed):
+def test_classification_by_the_definition(seed):
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 4, size=50)  # class 4 is never an answer, class 5 neither that nor predicted
-    logits = generator.normal(size=(50, 6))
-    logits[:, 5] = -10
-    metrics = classification_metrics(6)(EvalPrediction(predictions=logits, label_ids=labels))
-    predictions = logits.argmax(-1)
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
-    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    predictions = generator.integers(0, 5, size=50)
+    found = compute_metrics(("loss", "accuracy", "macro_f1", "matthews_correlation"), predictions, labels)
+    assert found["accuracy"] == pytest.approx((labels == predictions).mean())
+    f1 = []
+    for one in range(5):
+        both = ((labels == one) & (predictions == one)).sum()
+        f1.append(2 * both / ((labels == one).sum() + (predictions == one).sum()))
+    assert found["macro_f1"] == pytest.approx(np.mean(f1))
+    indicators = [np.eye(5)[ids] - np.eye(5)[ids].mean(0) for ids in (labels, predictions)]
+    covariance = [(one * other).sum() for one in indicators for other in indicators]
+    assert found["matthews_correlation"] == pytest.approx(covariance[1] / np.sqrt(covariance[0] * covariance[3]))
+
+
+def test_regression_by_the_definition_and_constant_predictions():
+    truth, answer = np.arange(20.0) ** 2, np.arange(20.0) ** 3  # the same order, not on a line
+    found = compute_metrics(("pearson", "spearman", "mse"), answer, truth)
+    assert found["pearson"] == pytest.approx(np.corrcoef(answer, truth)[0, 1])
+    assert found["spearman"] == pytest.approx(1.0)
+    assert found["mse"] == pytest.approx(np.mean((answer - truth) ** 2))
+    assert compute_metrics(("pearson", "spearman"), np.ones(20), truth) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_entities_and_texts():
+    truth, answer = [["B-A", "I-A", "O", "B-B"]], [["B-A", "O", "O", "B-B"]]  # the first entity is cut short
+    found = compute_metrics(("entity_f1", "entity_precision", "token_accuracy"), answer, truth)
+    assert found == pytest.approx({"entity_f1": 0.5, "entity_precision": 0.5, "token_accuracy": 0.75})
+    found = compute_metrics(("exact_match", "rouge1", "bleu"), ["a red dog ran", "b"], ["a red dog ran", "c"])
+    assert found["exact_match"] == found["rouge1"] == 0.5
+    assert 0 < found["bleu"] < 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "code"), [("accuracy", "metrics-not-a-list"), ([], "metrics-not-a-list"), (["rougeL"], "unknown-metric")]
+)
+def test_metrics_that_the_task_does_not_have(chosen, code):
+    with pytest.raises(InputError) as caught:
+        check_metrics("text-classification", chosen)
+    assert caught.value.code == code
+
+
+def test_a_missing_package_is_said_before_training(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        check_packages(["loss", "rougeL"])
+    assert caught.value.code == "missing-package"
 
 
 def test_peak_memory_grows_with_what_is_held():

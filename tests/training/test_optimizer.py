@@ -5,7 +5,7 @@ import torch
 
 from loraloom.errors import InputError
 from loraloom.optim import WeightAdam
-from loraloom.training import run
+from loraloom.training import fit
 
 from .support import elsewhere, weights, with_method, with_optimizer, with_training
 
@@ -16,9 +16,9 @@ def trained_with(monkeypatch):
 
     def train(config):
         trainers = []
-        build = run.build_trainer
-        monkeypatch.setattr(run, "build_trainer", lambda *a: trainers.append(build(*a)) or trainers[0])
-        run.train(with_training(config, max_steps=4, save_strategy="no", eval_strategy="no"))
+        build = fit.build_trainer
+        monkeypatch.setattr(fit, "build_trainer", lambda *a: trainers.append(build(*a)) or trainers[0])
+        fit.train(with_training(config, max_steps=4, save_strategy="no", eval_strategy="no"))
         return trainers[0].optimizer.optimizer
 
     return train
@@ -70,8 +70,8 @@ def test_8bit_trains(classification, trained_with):
 
 def test_weight_adam_without_gates_is_adamw_bit_for_bit(classification, tmp_path):
     config = with_training(classification, max_steps=3, save_strategy="no")
-    one = run.train(elsewhere(with_optimizer(config, name="weight_adam"), tmp_path / "one"))
-    two = run.train(elsewhere(with_training(config, optim="adamw_torch", weight_decay=0.01), tmp_path / "two"))
+    one = fit.train(elsewhere(with_optimizer(config, name="weight_adam"), tmp_path / "one"))
+    two = fit.train(elsewhere(with_training(config, optim="adamw_torch", weight_decay=0.01), tmp_path / "two"))
     first, second = weights(one.output_dir), weights(two.output_dir)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -92,5 +92,5 @@ def test_weight_adam_without_gates_is_adamw_bit_for_bit(classification, tmp_path
 )
 def test_mistakes_are_one_line(classification, keys, message):
     with pytest.raises(InputError, match=message) as caught:
-        run.train(with_optimizer(classification, **keys))
+        fit.train(with_optimizer(classification, **keys))
     assert "\n" not in str(caught.value)

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loraloom.errors import InputError
-from loraloom.training import run
+from loraloom.training import fit
 from loraloom.training.data import RunData, load_data
-from loraloom.training.model import load_tokenizer
+from loraloom.training.model import load_processor
 from loraloom.training.retention import FrozenProbe, load_retention
 
 from .support import assert_equal_weights, elsewhere, weights, with_training
@@ -40,17 +40,17 @@ def with_retention(config, path, **keys):
 
 def test_the_probe_is_judged_on_the_trained_encoder(classification, animal_rows):
     config = with_retention(with_training(classification, learning_rate=0.2, max_steps=12), animal_rows)
-    result = run.train(config)
+    result = fit.train(config)
     before, after = result.retention["before"], result.retention["after"]
     assert before["accuracy"] > 0.8
     assert after["accuracy"] < before["accuracy"]  # a rate that destroys what the encoder knew
-    assert json.loads((Path(config.output.dir) / run.RESULT).read_text())["retention"] == result.retention
+    assert json.loads((Path(config.output.dir) / fit.RESULT).read_text())["retention"] == result.retention
 
 
 def test_the_probe_reads_the_encoder_alone(pico_bert_dir, animal_rows, classification):
     """Unchanged weights keep the metrics exactly; a new head over them changes nothing."""
     section = dataclasses.replace(classification.data, retention=str(animal_rows))
-    tokenizer = load_tokenizer(classification.model)
+    tokenizer = load_processor(classification.model)
     data = load_retention(section, "text-classification")
     model = AutoModelForSequenceClassification.from_pretrained(pico_bert_dir, num_labels=3).train()
     state = torch.get_rng_state()
@@ -70,9 +70,9 @@ def test_the_probe_reads_the_encoder_alone(pico_bert_dir, animal_rows, classific
 
 
 def test_it_does_not_change_the_run(classification, animal_rows):
-    plain = run.train(with_training(classification, max_steps=6))
+    plain = fit.train(with_training(classification, max_steps=6))
     measured = elsewhere(with_training(classification, max_steps=6), classification.output.dir + "-measured")
-    result = run.train(with_retention(measured, animal_rows))
+    result = fit.train(with_retention(measured, animal_rows))
     assert result.after == plain.after
     assert plain.retention is None
     assert_equal_weights(weights(plain.output_dir), weights(result.output_dir))
@@ -80,7 +80,7 @@ def test_it_does_not_change_the_run(classification, animal_rows):
 
 def test_causal_is_the_loss_on_every_row_of_the_file(causal, animal_rows):
     config = with_retention(with_training(causal, max_steps=4), animal_rows)
-    result = run.train(config)
+    result = fit.train(config)
     tokenizer = AutoTokenizer.from_pretrained(config.output.dir)
     model = AutoModelForCausalLM.from_pretrained(config.model.name).eval()
     losses = []
@@ -102,5 +102,5 @@ def test_a_limit_and_a_mistake(classification, animal_rows, tmp_path):
     assert load_retention(classification.data, "text-classification") is None
     missing = with_retention(classification, tmp_path / "no.jsonl")
     with pytest.raises(InputError, match=r"data\.retention: .*no\.jsonl"):
-        run.train(missing)
+        fit.train(missing)
     assert load_data(few, "text-classification").train.column_names == ["text", "label"]

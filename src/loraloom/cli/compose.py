@@ -28,7 +28,9 @@ class Compose(Saving):
     run: tyro.conf.Positional[Path | None] = None
     """RUN.yaml with composition.members; every other key has a default."""
     resume: bool = False
-    """Go on from the last checkpoint in output.dir."""
+    """Go on from the last complete checkpoint in output.dir."""
+    nproc: int = 1
+    """Processes to train with on this machine, one per GPU, or on the CPU."""
     # Shown in the help; their values are read as YAML by `load_config`, which checks them as it checks the file.
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)

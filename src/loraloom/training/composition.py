@@ -33,7 +33,7 @@ class Composed:
 
 
 def compose_members(
-    model: PreTrainedModel, section: CompositionSection, task_type: str, new_modules: list[str]
+    model: PreTrainedModel, section: CompositionSection, task_type: str | None, new_modules: list[str]
 ) -> PeftModel:
     """The members as one adapter of the model.
 

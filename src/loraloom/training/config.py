@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loraloom.optim.section import optimizer_section
 
-Task = Literal["text-classification", "causal-lm"]
+Task = Literal[
+    "text-classification",
+    "multi-label",
+    "text-regression",
+    "token-classification",
+    "seq2seq-lm",
+    "causal-lm",
+    "preference",
+    "image-classification",
+]
+Format = Literal["auto", "chat", "prompt-completion", "text", "sharegpt", "alpaca"]
 Method = Literal["lora", "moslora", "dora", "weightlora", "weightlora+", "composition", "full", "probe"]
 Number = int | float
 
@@ -34,7 +44,9 @@ class ModelSection:
     name: str = "builtin:minilm"
     """Hub id, local directory, or `builtin:minilm`: the 22M-parameter encoder of the extra `quickstart`."""
     task: Task = "text-classification"
-    """`text-classification` (Trainer; accuracy, macro-F1) or `causal-lm` (TRL SFTTrainer; loss, perplexity)."""
+    """`text-classification` (single texts, or pairs with data.text_pair_column), `multi-label`, `text-regression`,
+    `token-classification` and `image-classification` put a head on an encoder; `seq2seq-lm` writes a text from a text;
+    `causal-lm` is supervised fine-tuning (TRL's SFTTrainer); `preference` is DPO (TRL's DPOTrainer)."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Precision of the frozen base weights; adapters are float32 in any case. `auto`: as the checkpoint stores them."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -44,23 +56,42 @@ class ModelSection:
 @dataclass
 class DataSection:
     path: str = "stdlib-docstrings"
-    """Local .jsonl, .json, .csv or .parquet file, hub data set, or the built-in `stdlib-docstrings`."""
+    """Local .jsonl, .json, .csv, .tsv, .txt or .parquet file, hub data set, folder of images in a folder per label, or
+    the built-in `stdlib-docstrings`."""
     test_path: str | None = None
-    """File with the test set. Default: the data set's own test or validation split, else `test_fraction` of `path`."""
+    """File with the test set. Default: the data set's own test split (or its validation split, where the test labels
+    are hidden or missing), else `test_fraction` of `path`."""
+    validation_path: str | None = None
+    """File with the validation set, which evaluations while training and the choice of the best model use; the test
+    set is for the end. Default: the data set's own, else `validation_fraction` of the training rows."""
     subset: str | None = None
     """Configuration of a hub data set, where it has several."""
     test_fraction: Number = 0.1
     """Share of `path` that becomes the test set where there is no other; chosen by a hash of the row, so stable."""
+    validation_fraction: Number = 0.1
+    """Share of the training rows that becomes the validation set where there is no other, chosen by the same hash.
+    0: none, and no evaluation while training."""
     text_column: str | None = None
-    """Column with the text. Default: `text`, or the only column of strings apart from the label."""
+    """Column with the text (token-classification: with the words; image-classification: with the image). Default:
+    `text`, or the only column of strings apart from the label."""
+    text_pair_column: str | None = None
+    """Column with the second text of a pair, such as the hypothesis to a premise in `text_column`."""
     label_column: str | None = None
-    """Column with the label, integers or strings. Default: `label` or `labels`."""
+    """Column with the label: an integer or string; a list of them (multi-label, token-classification); or a number
+    (text-regression). Default: `label` or `labels`, or the usual name of the task: `score`, `tags`, `ner_tags`."""
+    target_column: str | None = None
+    """seq2seq-lm: column with the text to write. Default: `target`, `summary`, `completion` or `highlights`."""
+    format: Format = "auto"
+    """causal-lm: how a row is read. `auto`: chat (`messages`), else `prompt` and `completion`, else `sharegpt`
+    (`conversations`), else `alpaca` (`instruction`, `input`, `output`), else `text`."""
     max_train: int | None = None
     """Use at most this many training rows, chosen by hash."""
     max_test: int | None = None
     """Use at most this many test rows, chosen by hash."""
-    max_length: int = 256
-    """Tokens after which a text is cut."""
+    max_length: int | None = None
+    """Tokens after which a text is cut. Default: 256, or all that the model has positions for."""
+    max_target_length: int = 128
+    """seq2seq-lm: tokens after which a target is cut, and the longest text that an evaluation writes."""
     retention: str | None = None
     """A second set, of what must not be forgotten: as `path`. It is measured before and after training, by the loss
     (causal-lm) or by a linear probe on the encoder, fitted before training (text-classification)."""
@@ -184,7 +215,8 @@ class RunConfig:
     composition: CompositionSection = field(default_factory=CompositionSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING_DEFAULTS))
-    """Any key of TrainingArguments (text-classification) or SFTConfig (causal-lm)."""
+    """Any key of TrainingArguments, of SFTConfig (causal-lm), DPOConfig (preference) or Seq2SeqTrainingArguments
+    (seq2seq-lm); and those of TRAINING_KEYS."""
     output: OutputSection = field(default_factory=OutputSection)
 
 
@@ -197,7 +229,21 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerSection,
     "output": OutputSection,
 }
-METRICS = {"text-classification": ["loss", "accuracy", "macro_f1"], "causal-lm": ["loss", "perplexity"]}
+# Keys of `training` that are loraloom's own.
+TRAINING_KEYS: dict[str, str] = {
+    "metrics": "Metrics to report; the first one is what the run is judged by. Default: those of the task.",
+    "class_weights": "`balanced` (n / (classes * rows of the class)), or label to weight: factors of the loss.",
+}
+CLASSIFICATION = ("text-classification", "image-classification")
+TASKS_WITH_HEAD = (*CLASSIFICATION, "multi-label", "text-regression", "token-classification")
+# Keys of `data` that only some tasks read.
+DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "text_pair_column": ("text-classification", "multi-label", "text-regression"),
+    "target_column": ("seq2seq-lm",),
+    "max_target_length": ("seq2seq-lm",),
+    "format": ("causal-lm",),
+    "retention": ("text-classification", "causal-lm"),
+}
 METHODS_WITHOUT_ADAPTER = ("full", "probe")
 COMPOSITION: Method = "composition"
 METHODS_WITH_SELECTION = ("weightlora", "weightlora+")

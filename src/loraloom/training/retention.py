@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from loraloom.errors import InputError
 from loraloom.training.config import DataSection, RunConfig, Task
-from loraloom.training.data import RunData, load_data
-from loraloom.training.metrics import accuracy, macro_f1
+from loraloom.training.data import load_data
+from loraloom.training.metrics import compute_metrics
+from loraloom.training.model import resolve_max_length
 from loraloom.training.probe import linear_probe, mean_pooled
+from loraloom.training.tasks.base import RunData
 
 
 def load_retention(section: DataSection, task: Task) -> RunData | None:
@@ -30,7 +32,14 @@ def load_retention(section: DataSection, task: Task) -> RunData | None:
     """
     if section.retention is None:
         return None
-    is_file = task == "causal-lm" and section.retention.rpartition(".")[2] in ("jsonl", "json", "csv", "parquet")
+    is_file = task == "causal-lm" and section.retention.rpartition(".")[2] in (
+        "jsonl",
+        "json",
+        "csv",
+        "tsv",
+        "txt",
+        "parquet",
+    )
     rows = DataSection(
         path=section.retention,
         test_path=section.retention if is_file else None,
@@ -38,6 +47,7 @@ def load_retention(section: DataSection, task: Task) -> RunData | None:
         max_train=section.max_retention,
         max_test=section.max_retention,
         max_length=section.max_length,
+        validation_fraction=0,
     )
     try:
         return load_data(rows, task)
@@ -59,7 +69,7 @@ class Retention:
         self.probe = None
         if config.model.task == "text-classification":
             model: Any = trainer.model
-            self.probe = FrozenProbe(model, tokenizer, retained, config.data.max_length)
+            self.probe = FrozenProbe(model, tokenizer, retained, resolve_max_length(config, tokenizer))
         self.before = self.measure()
 
     def measure(self) -> dict[str, float]:
@@ -95,10 +105,7 @@ class FrozenProbe:
         """Accuracy and macro-F1 of the probe on the test rows, with the model's features as they are now."""
         predictions = self.layer(self._features(model, self.test)).argmax(-1).numpy()
         labels = torch.tensor(self.test["label"][:]).numpy()
-        return {
-            "accuracy": accuracy(predictions, labels),
-            "macro_f1": macro_f1(predictions, labels, self.classes),
-        }
+        return compute_metrics(("accuracy", "macro_f1"), predictions, labels)
 
     def _features(self, model: nn.Module, rows: Dataset) -> torch.Tensor:
         training = model.training

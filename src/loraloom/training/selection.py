@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from loraloom.errors import InputError
 from loraloom.optim import WeightAdam
-from loraloom.selection import FILE_NAME, AdapterSelection, FillBudget, HalveAndDouble, SelectionCallback
+from loraloom.selection import AdapterSelection, FillBudget, HalveAndDouble, SelectionCallback
 from loraloom.selection.phases import Phases
 from loraloom.training.config import EXPANSION_KEYS, SELECTION_KEYS, MethodSection, RunConfig
 
@@ -23,16 +23,7 @@ class RunSelection(SelectionCallback):
     phases_before: Phases | None = None
 
     def resume(self, checkpoint: Path) -> None:
-        """Give the model the shape that it had at the checkpoint; call it before ``trainer.train``.
-
-        Raises:
-            InputError: the checkpoint is incomplete.
-        """
-        if not (checkpoint / FILE_NAME).is_file():
-            raise InputError(
-                f"--resume: {checkpoint} has no {FILE_NAME}, so it was not written to its end: delete it, and --resume "
-                "goes on from the one before"
-            )
+        """Give the model the shape that it had at the checkpoint; call it before ``trainer.train``."""
         self.selection.start(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).max_steps)
         self.phases_before = self.selection.phases
         self.selection.restore(checkpoint)
@@ -51,6 +42,11 @@ class RunSelection(SelectionCallback):
                 f"{_span(before)} to {_span(now)}: resume with the length that it had, or start anew with whole steps "
                 "in method.warmup_steps and method.select_until"
             )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing: the run itself saves the selection, into output.dir; without checkpoints their folder is missing."""
 
     def adapters(self) -> Adapters:
         """What became of each adapter."""

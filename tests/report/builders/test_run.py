@@ -9,7 +9,7 @@ import pytest
 from loraloom.errors import InputError
 from loraloom.report import Bars, Heatmap, Lines
 from loraloom.report.builders import report_of_run, run_report
-from loraloom.training import run
+from loraloom.training import fit
 from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection, RunConfig
 
 GATES = ["encoder.layer.0.attention.query", "encoder.layer.0.attention.key", "pooler.dense"]
@@ -145,7 +145,7 @@ def test_the_folder_of_a_real_run(pico_bert_dir, tmp_path):
     config = dataclasses.replace(
         config, training={**config.training, "max_steps": 8, "use_cpu": True, "logging_steps": 1, "save_strategy": "no"}
     )
-    run.train(config)
+    fit.train(config)
     report = report_of_run(tmp_path / "run", "loraloom train RUN.yaml")
     assert report.title == "WeightLoRA on rows.jsonl"
     drawn = figures(report)

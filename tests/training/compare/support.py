@@ -3,7 +3,7 @@
 import json
 
 from loraloom.training.compare.runs import LOG, RESOLVED, RESULT
-from loraloom.training.loading import dump_config
+from loraloom.training.load import dump_config
 
 
 def metrics(config, **changes):

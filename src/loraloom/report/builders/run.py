@@ -141,10 +141,10 @@ def _loss(
     result: Mapping[str, Any], history: Sequence[Mapping[str, Any]], selection: Mapping[str, Any] | None
 ) -> Section:
     train = [(entry["step"], finite(float(entry["loss"]))) for entry in history if "loss" in entry]
-    test = _evaluations(result, history, "loss")
-    series = [("train", train), ("test", test)]
+    series = [("train", train), (_evaluated(result), _evaluations(result, history, "loss"))]
     curves = [Series(name, [x for x, _ in points], [y for _, y in points]) for name, points in series if points]
-    note = "In training the mean over the steps since the point before, on the test set at each evaluation."
+    where = _evaluated(result)
+    note = f"In training the mean over the steps since the point before, on the {where} set at each evaluation."
     return Section("Loss", note, Lines("step", "loss", curves, events=_events(selection)))
 
 
@@ -160,8 +160,8 @@ def _metric(
         series.append(Series(_named(name), [x for x, _ in points], [y for _, y in points]))
     title = " and ".join(_named(name) for name in names)
     references = dict(baselines) if "accuracy" in names else {}
-    label = "on the test set" if names[0] in SHARES else _named(names[0])
-    note = "On the test set, before training and at each evaluation." + (
+    label = f"on the {_evaluated(result)} set" if names[0] in SHARES else _named(names[0])
+    note = f"On the {_evaluated(result)} set, at each evaluation." + (
         " Dotted: accuracies to compare with." if references else ""
     )
     return Section(title[0].upper() + title[1:], note, Lines("step", label, series, references=references))
@@ -170,11 +170,18 @@ def _metric(
 def _evaluations(
     result: Mapping[str, Any], history: Sequence[Mapping[str, Any]], name: str
 ) -> list[tuple[float, float | None]]:
-    """(step, metric) before training, at each evaluation, and at the end; the last one of a step counts."""
+    """(step, metric) at each evaluation of the validation set; without one, of the test set before and after."""
+    if result.get("validation_rows"):
+        return [(entry["step"], finite(entry[f"eval_{name}"])) for entry in history if f"eval_{name}" in entry]
     points = {0: finite(result["before"][name])}
     points |= {entry["step"]: finite(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry}
     points[result["steps"]] = finite(result["after"][name])
     return [*points.items()]
+
+
+def _evaluated(result: Mapping[str, Any]) -> str:
+    """The set that is evaluated while training."""
+    return "validation" if result.get("validation_rows") else "test"
 
 
 def _gates(result: Mapping[str, Any], selection: Mapping[str, Any] | None) -> list[Section]:

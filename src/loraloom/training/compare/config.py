@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from loraloom.errors import InputError, did_you_mean
-from loraloom.training.config import COMPOSITION, METHODS_WITHOUT_ADAPTER, METRICS, Method, Number, RunConfig
-from loraloom.training.loading import SECTION_NAMES, build_config, build_section, read_sections, unknown_key
+from loraloom.training.config import COMPOSITION, METHODS_WITHOUT_ADAPTER, Method, Number, RunConfig
+from loraloom.training.load import SECTION_NAMES, build_config, build_section, read_sections, unknown_key
+from loraloom.training.metrics import LOWER_IS_BETTER, main_metric, metric_names
 
 LEARNING_RATE = "training.learning_rate"
-LOWER_IS_BETTER = ("loss", "perplexity")
 FOLDER = "loraloom-comparison"
 SECTIONS_OF_METHODS = tuple(name for name in SECTION_NAMES if name not in ("data", "output"))
 
@@ -35,7 +35,7 @@ class CompareSection:
     learning_rates: list[Number] | None = None
     """Every method trains with each, and the best one stands in the table. Default: training.learning_rate alone."""
     metric: str | None = None
-    """What decides. Default: `accuracy` for text-classification, `loss` for causal-lm."""
+    """What decides. Default: the first of training.metrics, or of the task's metrics; `loss` for causal-lm."""
     search: dict | None = None
     """Instead of learning_rates: `trials` for each method, and `section.key`: {low, high, log, step} or a list of
     choices, for optuna (extra `search`). `learning_rate` is short for `training.learning_rate`."""
@@ -124,8 +124,8 @@ def load_plan(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Plan:
         raise InputError(
             f"compare.baseline: {baseline!r} is none of {', '.join(methods)}{did_you_mean(baseline, methods)}"
         )
-    metric = compare.metric or ("accuracy" if base.model.task == "text-classification" else "loss")
-    known = METRICS[base.model.task]
+    metric = compare.metric or main_metric(base.model.task, base.training.get("metrics"))
+    known = metric_names(base.model.task, base.training.get("metrics"))
     if metric not in known:
         raise InputError(f"compare.metric: {metric!r} is none of {', '.join(known)}{did_you_mean(metric, known)}")
     plan = Plan(entries, baseline, compare.seeds, metric, base.model.task, folder, search)

@@ -20,7 +20,7 @@ from loraloom.errors import InputError
 from loraloom.io.files import write_text_atomically
 from loraloom.training.compare.config import LEARNING_RATE, Entry, Plan, Point, configure
 from loraloom.training.config import OutputSection, RunConfig
-from loraloom.training.loading import dump_config, load_config
+from loraloom.training.load import dump_config, load_config
 
 RUN_FILE, LOG, RESOLVED, RESULT = "run.yaml", "log.txt", "resolved.yaml", "metrics.json"
 

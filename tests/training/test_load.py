@@ -15,7 +15,7 @@ from loraloom.training.config import (
     OptimizerSection,
     RunConfig,
 )
-from loraloom.training.loading import dump_config, load_config
+from loraloom.training.load import dump_config, load_config
 
 
 def write(tmp_path, text):
