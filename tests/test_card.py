@@ -52,7 +52,7 @@ def test_a_base_that_the_hub_does_not_know_is_not_in_the_header(name, tmp_path, 
     monkeypatch.chdir(tmp_path)
     text = render_card(Card(title="t", summary="s", base_model=name))
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
-    assert f"`{name}`" in text
+    assert f"`{name.removeprefix('/models/')}`" in text  # a local folder by its name: the rest is of one machine
 
 
 def test_push_uploads_all_but_the_checkpoints(tmp_path, monkeypatch):

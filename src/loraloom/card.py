@@ -8,12 +8,69 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from loraloom.io.files import write_text_atomically
 
 FILE = "README.md"
+SERVED = ("CAUSAL_LM", None)  # tasks that language model servers take an adapter for; None: the adapter does not say
+# PEFT's task -> transformers' Auto class.
+AUTO_OF_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+# Ending of an architecture's name -> transformers' Auto class.
+AUTO_OF_ENDING = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+}
+_WRITES = (
+    'inputs = processor("A text", return_tensors="pt")\n'
+    "print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"
+)
+_LABELS = "print(model.config.id2label[logits.argmax().item()])"
+# Auto class -> Python that asks `model` something, with a `processor`, and prints the answer.
+ANSWERS = {
+    "AutoModelForCausalLM": _WRITES,
+    "AutoModelForSeq2SeqLM": _WRITES,
+    "AutoModelForSequenceClassification": (
+        f'logits = model(**processor("A text.", return_tensors="pt")).logits\n{_LABELS}'
+    ),
+    "AutoModelForTokenClassification": (
+        'inputs = processor("Some words".split(), is_split_into_words=True, return_tensors="pt")\n'
+        "print([model.config.id2label[i] for i in model(**inputs).logits[0].argmax(-1).tolist()])  # a tag per token"
+    ),
+    "AutoModelForQuestionAnswering": (
+        'inputs = processor("Which color?", "The sky is blue.", return_tensors="pt")\n'
+        "output = model(**inputs)\n"
+        "start, end = output.start_logits.argmax(), output.end_logits.argmax()\n"
+        'print(processor.decode(inputs["input_ids"][0, start : end + 1]))'
+    ),
+    "AutoModelForImageClassification": (
+        "from PIL import Image\n\n"
+        'logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits\n'
+        f"{_LABELS}"
+    ),
+    "AutoModelForMaskedLM": (
+        'inputs = processor(f"A {processor.mask_token}.", return_tensors="pt")\n'
+        'place = inputs["input_ids"][0].tolist().index(processor.mask_token_id)\n'
+        "print(processor.decode(model(**inputs).logits[0, place].argmax()))"
+    ),
+    "AutoModel": (
+        'output = model(**processor("A text.", return_tensors="pt")).last_hidden_state\n'
+        "print(output.shape)  # (texts, tokens, width)"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +95,8 @@ class Card:
     """What else was measured: sizes, errors, the hash of the data."""
     serving: Sequence[Sequence[str]] = ()
     """Rows of a table: program, whether it serves the weights, and why not or how."""
+    serve: Sequence[str] = ()
+    """Commands that serve it."""
     configuration: str = ""
     """YAML, whole."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -52,12 +111,12 @@ def render_card(card: Card) -> str:
     )
     parts = [f"---\n{data.to_yaml()}\n---", f"# {card.title}", card.summary]
     if card.base_model:
-        parts.append(f"Base model: `{card.base_model}`")
+        parts.append(f"Base model: `{named(card.base_model)}`")
     for heading, text in (
         ("Use", _fenced("python", card.usage)),
         ("Results", table(card.metrics)),
         ("Measured", "\n".join(f"- {name}: {value}" for name, value in card.facts.items())),
-        ("Serving", table(card.serving)),
+        ("Serving", "\n\n".join(filter(None, (_fenced("bash", "\n".join(card.serve)), table(card.serving))))),
         ("How it was made", _fenced("bash", card.command)),
         ("Configuration", _fenced("yaml", card.configuration)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in card.versions.items())),
@@ -72,6 +131,66 @@ def write_card(card: Card, folder: Path) -> Path:
     path = folder / FILE
     write_text_atomically(path, render_card(card))
     return path
+
+
+def model_usage(config: Mapping[str, Any]) -> str:
+    """Python that loads a whole model from its own folder and prints an answer.
+
+    Args:
+        config: its config.json; {} gives AutoModel.
+    """
+    auto = auto_class(config)
+    processor = "AutoImageProcessor" if auto == "AutoModelForImageClassification" else "AutoTokenizer"
+    return "\n".join(
+        [
+            f"from transformers import {', '.join(sorted((auto, processor)))}",
+            "",
+            'folder = "."  # this folder, or its name on the hub',
+            f"model = {auto}.from_pretrained(folder)",
+            f"processor = {processor}.from_pretrained(folder)",
+            ANSWERS[auto],
+        ]
+    )
+
+
+def adapter_usage(config: Mapping[str, Any], labels: int | None = None) -> str:
+    """Python that loads an adapter from its own folder onto its base, and prints an answer.
+
+    Args:
+        config: its adapter_config.json.
+        labels: outputs of a head that the adapter brings.
+    """
+    auto = AUTO_OF_TASK.get(str(config.get("task_type")), "AutoModel")
+    base = named(config.get("base_model_name_or_path") or "BASE")
+    options = "" if labels is None else f", num_labels={labels}"
+    loom = [] if config.get("peft_type") == "LORA" else ["import loraloom  # registers the adapter's type with PEFT"]
+    return "\n".join(
+        [
+            *loom,
+            "from peft import PeftModel",
+            f"from transformers import {', '.join(sorted((auto, 'AutoTokenizer')))}",
+            "",
+            'folder = "."  # this folder, or its name on the hub',
+            f'base = "{base}"',
+            f"model = {auto}.from_pretrained(base{options})",
+            "model = PeftModel.from_pretrained(model, folder).eval()",
+            "processor = AutoTokenizer.from_pretrained(base)",
+            ANSWERS[auto],
+        ]
+    )
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """transformers' Auto class for a model, by the name of its architecture."""
+    name = (config.get("architectures") or [""])[0]
+    if name.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
+        return "AutoModelForSeq2SeqLM"
+    return next((auto for ending, auto in AUTO_OF_ENDING.items() if name.endswith(ending)), "AutoModel")
+
+
+def named(model: str) -> str:
+    """A model as others can read it: a local folder by its last part, which need not be theirs."""
+    return model if _on_the_hub(model) or not Path(model).is_absolute() else Path(model).name
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,11 @@
 """The model card of an exported adapter."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraloom.adapter.serving import serving_data
 from loraloom.adapter.stored import StoredAdapter
-from loraloom.card import Card
+from loraloom.card import SERVED, Card, adapter_usage
 from loraloom.provenance import installed_versions
 
 if TYPE_CHECKING:
@@ -12,6 +14,13 @@ if TYPE_CHECKING:
 
 def export_card(report: "ExportReport", source: StoredAdapter, serving: list[list[str]], command: str) -> Card:
     """Of a plain LoRA that `export` made."""
+    config = {**source.config, "peft_type": "LORA"}
+    served = config.get("task_type") in SERVED
+    # The same command anywhere: the folder by its name.
+    serving = [[cell.replace(report.path, Path(report.path).name) for cell in row] for row in serving]
+    servers = [server for server in serving_data()["servers"].values() if server["target"] != "peft"]
+    programs = [server["name"] for server in servers if report.target in (server["target"], "portable")]
+    serve = [how for program, effect, how in serving if program in programs and effect == "ok"]
     exactness = (
         "It is an approximation of the original update"
         if report.lossy
@@ -23,7 +32,7 @@ def export_card(report: "ExportReport", source: StoredAdapter, serving: list[lis
         "read back and compared module by module.",
         base_model=source.config.get("base_model_name_or_path"),
         tags=["lora"],
-        usage=f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{report.path}")',
+        usage=adapter_usage(config),
         command=command,
         facts={
             "error over all modules, relative": f"{report.error:.1e}",
@@ -32,6 +41,7 @@ def export_card(report: "ExportReport", source: StoredAdapter, serving: list[lis
             + (f", and {len(report.dropped)} left out because their update is zero" if report.dropped else ""),
             "source, sha256": source.sha256,
         },
-        serving=serving,
+        serving=serving if served else (),
+        serve=serve if served else (),
         versions=installed_versions(),
     )

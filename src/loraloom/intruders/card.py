@@ -1,7 +1,9 @@
 """The model card of an adapter with reduced intruder dimensions."""
 
+from pathlib import Path
+
 from loraloom.adapter.stored import StoredAdapter
-from loraloom.card import Card
+from loraloom.card import SERVED, Card, adapter_usage
 from loraloom.intruders.report import IntruderReport
 from loraloom.provenance import installed_versions
 
@@ -12,13 +14,14 @@ def intruders_card(
     """Of an adapter in which `intruders` scaled intruder dimensions down."""
     which = "the first intruder dimension of each module" if report.scope == "top" else "every intruder dimension"
     modules = sum(bool(layer.intruders) for layer in report.layers)
-    needs = "" if source.kind == "LORA" else "import loraloom  # registers the type\n"
+    served = source.config.get("task_type") in SERVED
+    serving = [[cell.replace(out, Path(out).name) for cell in row] for row in serving]
     return Card(
         title=f"{source.path.name} with milder intruder dimensions",
         summary=f"The adapter `{source.path.name}`, with {which} (arXiv 2410.21228) scaled by {report.scale:g}.",
         base_model=source.config.get("base_model_name_or_path"),
         tags=["lora"],
-        usage=f'{needs}from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{out}")',
+        usage=adapter_usage(source.config),
         command=command,
         facts={
             "intruder dimensions found": f"{report.count}, in {modules} of {len(report.layers)} modules",
@@ -27,6 +30,6 @@ def intruders_card(
             "largest relative error of a module by its rank": f"{max(report.errors.values()):.1e}",
             "source, sha256": source.sha256,
         },
-        serving=serving,
+        serving=serving if served else (),
         versions=installed_versions(),
     )

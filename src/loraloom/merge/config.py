@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from loraloom.errors import InputError
+from loraloom.io.checkpoint import read_json
 
 # PEFT's tasks whose model has a head that a pretrained base lacks -> how transformers names such a model.
 CLASSIFIERS = {
@@ -48,14 +49,14 @@ def merged_config(
     if dtype is not None and config:
         _set_dtype(new, dtype)
     vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    labels: list[int] = []
+    labels: list[tuple[int, Path]] = []
     changed = False
     for tensor in resized:
         if tensor.old is not None and tensor.old[0] == vocabulary:
             changed = True
             _set_vocabulary(new, tensor.new[0])
         elif tensor.task in CLASSIFIERS:
-            labels.append(tensor.new[0])
+            labels.append((tensor.new[0], tensor.adapter))
         elif tensor.old is not None:
             raise InputError(
                 f"{tensor.adapter} replaces {tensor.key}, {list(tensor.old)} in the base, by a tensor of shape "
@@ -63,7 +64,8 @@ def merged_config(
             )
     if labels and config:
         task = next(tensor.task for tensor in resized if tensor.task in CLASSIFIERS)
-        _set_classifier(new, str(task), min(labels))  # a head may have layers of its own, wider than its output
+        count, adapter = min(labels)  # a head may have layers of its own, wider than its output
+        _set_classifier(new, str(task), count, _label_names(adapter, count))
     return new, changed
 
 
@@ -84,12 +86,20 @@ def _set_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
             _set_dtype(config[key], dtype)
 
 
-def _set_classifier(config: dict[str, Any], task: str, labels: int) -> None:
+def _label_names(adapter: Path, labels: int) -> list[str] | None:
+    """The names that a config.json beside the adapter has for its labels, in order; None without one."""
+    path = adapter / "config.json"
+    names = (read_json(path).get("id2label") if path.is_file() else None) or {}
+    return [str(names[str(i)]) for i in range(labels)] if set(names) == set(map(str, range(labels))) else None
+
+
+def _set_classifier(config: dict[str, Any], task: str, labels: int, names: list[str] | None) -> None:
     """The class and the labels that a new head stands for."""
     architecture = (config.get("architectures") or [""])[0]
     body = re.sub(r"(Model|LMHeadModel|For[A-Z]\w*)$", "", architecture)
     if body:
         config["architectures"] = [body + CLASSIFIERS[task]]
-    if task != "QUESTION_ANS" and len(config.get("id2label") or {0: 0, 1: 1}) != labels:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    if task != "QUESTION_ANS" and (names or len(config.get("id2label") or {0: 0, 1: 1}) != labels):
+        names = names or [f"LABEL_{i}" for i in range(labels)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}

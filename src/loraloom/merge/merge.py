@@ -86,7 +86,8 @@ class MergeResult:
         """The same with a verification, written into the folder and its model card as well."""
         result = replace(self, verification=verification)
         write_text_atomically(Path(self.out) / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
-        write_card(merge_card(result.to_dict(), command), Path(self.out))
+        config = Path(self.out) / "config.json"
+        write_card(merge_card(result, read_json(config) if config.is_file() else {}, command), Path(self.out))
         return result
 
 
@@ -171,7 +172,7 @@ def merge_checkpoint(
             peak_memory_bytes=peak_memory(),
         )
         write_text_atomically(temporary / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
-        write_card(merge_card(result.to_dict(), command), temporary)
+        write_card(merge_card(result, plan.config, command), temporary)
     return result
 
 
