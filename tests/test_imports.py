@@ -29,7 +29,6 @@ KNOWN_UP = {("adapter", "intruders"): "live adapters take their base class from 
 KNOWN_CIRCLES = {
     ("export.card", "export.export"),
     ("optim.galore.checks", "optim.galore.engine", "optim.galore.layerwise"),
-    ("report.png", "report.write"),
 }
 # Files of more than 350 lines, with the reason.
 LONG_FILES = {

@@ -32,6 +32,11 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(lines)
 
 
+def slug(title: str) -> str:
+    """A title as part of a file name: "Loss and metrics" gives "loss-and-metrics"."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "figure"
+
+
 def place(module: str) -> tuple[str, str]:
     """The number of a module's layer, or "-" where it is in none, and its name within the layer.
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 from loraloom import LoomConfig
 from loraloom.errors import InputError, RunFailedError
-from loraloom.merge.merge import merge_checkpoint
+from loraloom.merge.merge import merge_checkpoint, verified
 from loraloom.merge.verify import SENTENCES, check_verifiable, verify_merge
 from tests.adapter.support import trained
 
@@ -31,7 +31,7 @@ def test_a_right_merge_and_a_wrong_one(pico_llama_dir, tmp_path, make):
     assert check["input"] == "text"
     assert check["max_logit_difference"] < 1e-5 < 1e-2 < check["adapter_effect"]
     assert check["top1_agreement"] == 1
-    result = result.verified(check)
+    result = verified(result, check)
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["verification"] == check == result.verification
 
     shutil.copy(pico_llama_dir / "model.safetensors", tmp_path / "out")  # the base, as if nothing were merged

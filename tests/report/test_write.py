@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from loraloom.report import Bars, Report, Section, write_report
-from loraloom.report.write import slug
+from loraloom.text import slug
 
 from .support import full_report, heatmap
 

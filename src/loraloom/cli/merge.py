@@ -16,7 +16,7 @@ from loraloom.cli.options import Saving, parse, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
-    from loraloom.merge.merge import MergeResult
+    from loraloom.merge.result import MergeResult
 
 QUIET_SECONDS = 2.0  # a merge that is done sooner shows no bar
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("merge needs an adapter, --base MODEL and --out FOLDER")
     console = command.console()
     with console.status("Loading PyTorch"):
-        from loraloom.merge.merge import merge_checkpoint
+        from loraloom.merge.merge import merge_checkpoint, verified
         from loraloom.merge.verify import check_verifiable, verify_merge
     weights = command.weights or None
     typed = shlex.join(["loraloom", "merge", *arguments])
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     if command.verify:
         with console.status(f"Verifying on {command.verify} prompts"):
             verification = verify_merge(result.out, command.base, command.adapters, command.verify, weights)
-        result = result.verified(verification, typed)
+        result = verified(result, verification, typed)
     _show(result, console)
     if command.report is not None:
         from loraloom.report.builders.adapter import merge_report

@@ -8,7 +8,7 @@ from loraloom.card import Card, auto_class, model_usage
 from loraloom.provenance import installed_versions
 
 if TYPE_CHECKING:
-    from loraloom.merge.merge import MergeResult
+    from loraloom.merge.result import MergeResult
 
 
 def merge_card(merge: "MergeResult", config: Mapping[str, Any], command: str) -> Card:

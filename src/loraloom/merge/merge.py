@@ -10,13 +10,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from loraloom import __version__
 from loraloom.adapter.stored import StoredAdapter, open_adapter
 from loraloom.card import write_card
 from loraloom.errors import InputError
@@ -28,67 +27,12 @@ from loraloom.merge.card import merge_card
 from loraloom.merge.edits import Change, merged_blocks
 from loraloom.merge.extra_files import other_files, tokenizer_files
 from loraloom.merge.plan import Plan, plan_merge
+from loraloom.merge.result import MergeResult
 
 RESULT = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a repository of the hub may hold besides weights; its pickles and weights of other formats are not loaded.
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*")
-
-
-@dataclass
-class MergeResult:
-    """What :func:`merge_checkpoint` wrote.
-
-    Attributes:
-        out: the folder.
-        base: the base model as it was given.
-        base_precision: "original", or "dequantised" where the base was a quantised checkpoint.
-        adapters: the adapters' folders.
-        weights: of the adapters in the sum.
-        sha256: of the adapters' weights.
-        dtype: what all weights were cast to, None where each kept its own.
-        bytes: size of the weights.
-        shards: number of files.
-        modules: for every changed tensor that the base has, by module, ||W' - W|| / ||W||.
-        added: tensors that the base does not store.
-        rounding: ||round(W') - W'|| / ||W' - W|| over all changed tensors: what the stored dtype takes away of the
-            update; None where nothing but new tensors came.
-        notes: what a user should know, one sentence each.
-        seconds: taken by the merge.
-        peak_memory_bytes: the process's peak so far, the interpreter and torch included.
-        versions: of loraloom and torch.
-        verification: of :func:`loraloom.merge.verify.verify_merge`, if it was called.
-    """
-
-    out: str
-    base: str
-    base_precision: str
-    adapters: list[str]
-    weights: list[float]
-    sha256: list[str]
-    dtype: str | None
-    bytes: int
-    shards: int
-    modules: dict[str, float]
-    added: list[str]
-    rounding: float | None
-    notes: list[str]
-    seconds: float
-    peak_memory_bytes: int
-    versions: dict[str, str] = field(default_factory=lambda: {"loraloom": __version__, "torch": str(torch.__version__)})
-    verification: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return asdict(self)
-
-    def verified(self, verification: dict[str, Any], command: str = "") -> "MergeResult":
-        """The same with a verification, written into the folder and its model card as well."""
-        result = replace(self, verification=verification)
-        write_text_atomically(Path(self.out) / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
-        config = Path(self.out) / "config.json"
-        write_card(merge_card(result, read_json(config) if config.is_file() else {}, command), Path(self.out))
-        return result
 
 
 def merge_checkpoint(
@@ -173,6 +117,16 @@ def merge_checkpoint(
         )
         write_text_atomically(temporary / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
         write_card(merge_card(result, plan.config, command), temporary)
+    return result
+
+
+def verified(result: MergeResult, verification: dict[str, Any], command: str = "") -> MergeResult:
+    """The result with a verification, written into the folder and its model card as well."""
+    result = replace(result, verification=verification)
+    folder = Path(result.out)
+    write_text_atomically(folder / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
+    config = folder / "config.json"
+    write_card(merge_card(result, read_json(config) if config.is_file() else {}, command), folder)
     return result
 
 

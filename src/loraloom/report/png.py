@@ -7,7 +7,7 @@ import resvg_py
 
 from loraloom.report.model import Figure, Report
 from loraloom.report.svg import FONT, standalone_svg
-from loraloom.report.write import slug
+from loraloom.text import slug
 
 ZOOM = 2  # pixels of the picture per pixel of the drawing
 PREFIX = "figure-"

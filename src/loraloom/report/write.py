@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,11 +64,6 @@ def write_report(report: Report, directory: str | Path) -> Written:
     except ModuleNotFoundError as error:
         missing.append(_missing("the pictures for model cards", error))
     return Written(data, page, pictures, "; ".join(missing))
-
-
-def slug(title: str) -> str:
-    """A title as part of a file name: "Loss and metrics" gives "loss-and-metrics"."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "figure"
 
 
 def _missing(what: str, error: ModuleNotFoundError) -> str:

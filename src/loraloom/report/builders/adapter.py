@@ -10,7 +10,7 @@ from loraloom.text import MISSING, number
 if TYPE_CHECKING:
     from loraloom.adapter.inspect import Inspection
     from loraloom.export.export import ExportReport
-    from loraloom.merge.merge import MergeResult
+    from loraloom.merge.result import MergeResult
 
 AMOUNTS = (
     ("relative_norm", "Size of the update", "‖ΔW‖ / ‖W‖", "Frobenius norms of the update and of the base weight."),
