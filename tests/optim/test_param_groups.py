@@ -1,11 +1,17 @@
 """Every trainable parameter is in exactly one group, with the rate and the decay of its kind."""
 
+from dataclasses import fields
+
 import peft
 import pytest
 import torch
 from torch import nn
 
+from loraloom.errors import InputError
 from loraloom.optim import build_param_groups, format_param_groups
+from loraloom.optim.options import GroupOptions
+from loraloom.optim.param_groups import GROUPS
+from loraloom.update.parts import PARTS
 
 from .support import Vector, gated_model
 
@@ -71,7 +77,8 @@ def test_dora_magnitudes_and_lora_biases_take_the_plain_rate_without_decay() -> 
     groups = build_param_groups(model, 1e-3, lora_plus_ratio=16)
     assert_partition(model, groups)
     magnitudes = ["0.lora_magnitude_vector.weight", "2.lora_magnitude_vector.weight"]
-    assert names_by_group(model, groups)["no_decay"] == magnitudes
+    assert names_by_group(model, groups)["magnitudes"] == magnitudes
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}["magnitudes"] == (1e-3, 0.0)
 
     model = peft_model(target_modules=["linear"], lora_bias=True)
     groups = build_param_groups(model, 1e-3, lora_plus_ratio=16)
@@ -84,25 +91,23 @@ def test_gated_adapters_with_mixers_and_logits() -> None:
     model.layers[0].loom_mixer = nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)})
     model.layers[0].loom_lora_magnitude_vector = nn.ModuleDict({"default": Vector(6)})
     model.layers[1].loom_logits_lora_magnitude_vector = nn.ParameterDict({"default": nn.Parameter(torch.zeros(3))})
-    groups = build_param_groups(model, 1e-3, gate_lr=5.0, logit_lr=0.1)
+    groups = build_param_groups(model, 1e-3, gate_lr=5.0, logit_lr=0.1, mixer_lr=2e-3, magnitude_lr=3e-3)
     assert_partition(model, groups)
     names = names_by_group(model, groups)
-    assert names["lora_A"] == [
-        "layers.0.loom_lora_A.weight",
-        "layers.0.loom_mixer.weight",
-        "layers.1.loom_lora_A.weight",
-    ]
+    assert names["lora_A"] == ["layers.0.loom_lora_A.weight", "layers.1.loom_lora_A.weight"]
+    assert names["mixers"] == ["layers.0.loom_mixer.weight"]
     assert names["gates"] == [f"layers.{i}.loom_gate_lora_magnitude_vector.weight" for i in range(2)]
     assert names["logits"] == ["layers.1.loom_logits_lora_magnitude_vector"]
-    assert names["no_decay"] == ["layers.0.loom_lora_magnitude_vector.weight"]
+    assert names["magnitudes"] == ["layers.0.loom_lora_magnitude_vector.weight"]
     assert {group["name"]: (group["lr"], group["weight_decay"], group["is_gate"]) for group in groups} == {
         "lora_A": (1e-3, 1e-2, False),
+        "mixers": (2e-3, 1e-2, False),
         "lora_B": (1e-3, 1e-2, False),
         "gates": (5.0, 0.0, True),
         "logits": (0.1, 0.0, False),
         "heads": (1e-3, 1e-2, False),
+        "magnitudes": (3e-3, 0.0, False),
         "heads_no_decay": (1e-3, 0.0, False),
-        "no_decay": (1e-3, 0.0, False),
     }
 
 
@@ -120,17 +125,23 @@ def test_a_model_without_adapters_is_split_by_decay() -> None:
 
 
 def test_nothing_trainable_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no trainable parameter; add an adapter, or load it with is_trainable=True"):
+    with pytest.raises(InputError) as caught:
         build_param_groups(Base().requires_grad_(False), 1e-3)
+    assert caught.value.code == "nothing-to-train"
 
 
-@pytest.mark.parametrize(
-    "option", [{"lora_plus_ratio": 16.0}, {"gate_lr": 5.0}, {"head_lr": 1e-3}, {"logit_lr": 0.1}], ids=str
-)
-def test_a_rate_that_no_parameter_takes_is_an_error(option: dict) -> None:
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name}={value} was given, but the model trains no"):
-        build_param_groups(Base(), 1e-3, **option)
+@pytest.mark.parametrize("option", [f.name for f in fields(GroupOptions) if f.name != "weight_decay"])
+def test_a_rate_that_no_parameter_takes_is_an_error(option: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build_param_groups(Base(), 1e-3, **{option: 0.5})
+    assert caught.value.code == "nothing-for-rate"
+    assert option in str(caught.value)
+
+
+def test_every_trained_part_of_an_adapter_has_a_group() -> None:
+    """A part that is new in the table of parts needs a row in the table of groups, or the import fails to find it."""
+    assert {part.group for part in PARTS if part.group} <= {group.name for group in GROUPS}
+    assert {group.rate for group in GROUPS if group.rate} | {"weight_decay"} == {f.name for f in fields(GroupOptions)}
 
 
 def test_the_table_names_every_group_and_adds_up() -> None:

@@ -39,9 +39,10 @@ def test_every_part_is_in_its_group(mixer, gate: bool, dora: bool, init) -> None
     model = adapted(use_mixer=mixer, use_gate=gate, use_dora=dora, init_lora_weights=init)
     groups = build_param_groups(model, 1e-3)
     sizes = {group["name"]: len(group["params"]) for group in groups}
-    expected = {"lora_A": 8 if mixer else 4, "lora_B": 4, "heads": 1, "heads_no_decay": 1}
+    expected = {"lora_A": 4, "lora_B": 4, "heads": 1, "heads_no_decay": 1}
+    expected |= {"mixers": 4} if mixer else {}
     expected |= {"gates": 4} if gate else {}
-    expected |= {"no_decay": 4} if dora else {}  # the magnitudes
+    expected |= {"magnitudes": 4} if dora else {}
     assert sizes == expected
     grouped = {id(p) for group in groups for p in group["params"]}
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}

@@ -11,6 +11,7 @@ _EXPORTS = {
     "loraloom.optim.galore.groups": ("project_groups",),
     "loraloom.optim.galore.methods": ("APOLLO", "Fira", "GaLore"),
     "loraloom.optim.memory": ("Memory", "adamw_memory", "expected_memory", "format_galore", "state_bytes"),
+    "loraloom.optim.muon": ("Muon",),
     "loraloom.optim.param_groups": ("build_param_groups", "format_param_groups"),
     "loraloom.optim.registry": ("OPTIMIZERS", "check_optimizer_options"),
     "loraloom.optim.surgery": ("remove_parameters", "replace_parameter"),

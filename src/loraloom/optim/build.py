@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from loraloom.optim.galore.groups import project_groups
+from loraloom.optim.muon import muon_groups
 from loraloom.optim.options import ProjectionOptions
 from loraloom.optim.param_groups import build_param_groups
 from loraloom.optim.registry import GROUP_OPTIONS, OPTIMIZERS, check_optimizer_options, import_optimizer
@@ -39,6 +40,8 @@ def build_optimizer(model: nn.Module, name: str = "adamw", *, lr: float, **optio
     if issubclass(choice.options, ProjectionOptions):
         patterns = (options.pop(key, None) for key in ("target_modules", "rank_pattern"))
         groups = project_groups(model, groups, *patterns)
+    if name == "muon":
+        groups = muon_groups(model, groups)
     if "rounding" not in choice.honors:
         check_rounding("nearest", [p for group in groups for p in group["params"]])
     return optimizer(groups, lr=lr, **options)

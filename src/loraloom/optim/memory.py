@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from loraloom.optim.galore.compact import Slot
 from loraloom.optim.galore.engine import ProjectedOptimizer
 from loraloom.optim.galore.methods import GaLore
+from loraloom.optim.muon import Muon
 from loraloom.optim.rounding import compensated
 from loraloom.optim.weight_adam import WeightAdam
 from loraloom.text import text_table
@@ -39,7 +40,8 @@ def expected_memory(model: nn.Module, optimizer: Optimizer) -> Memory:
     Args:
         model: on one device, its weights whole.
         optimizer: over some of its parameters. The state is known for torch's AdamW, SGD and Adafactor, bitsandbytes'
-            8-bit AdamW (but for its two tables of 1 KiB), `WeightAdam`, and `GaLore` with any of these inside.
+            AdamW and Lion (but for their tables of 1 KiB in 8 bits), `WeightAdam`, `Muon`, and GaLore, Fira and
+            APOLLO with any of these inside.
     """
     gradients = sum(_size(p) for p in model.parameters() if p.requires_grad)
     if isinstance(optimizer, ProjectedOptimizer) and optimizer.layerwise:
@@ -144,13 +146,23 @@ def _moments(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> int | No
     if kind is torch.optim.Adafactor:
         factored = prod(p.shape[:-2]) * sum(p.shape[-2:]) if p.ndim > 1 else p.numel()
         return factored * p.element_size() + _STEP
-    if kind.__module__.startswith("bitsandbytes") and kind.__name__.endswith("AdamW8bit"):
-        theirs: Any = optimizer
-        in_32_bits = any(getattr(module, name) is p for module, name, _ in theirs.mng.module_weight_config_triple)
-        if in_32_bits or p.numel() < theirs.args.min_8bit_size:
-            return 8 * p.numel()
-        return 2 * p.numel() + 2 * 4 * -(-p.numel() // 256)  # and a float32 maximum per block of 256
+    if kind is Muon:
+        return _size(p) if group["use_muon"] else 2 * _size(p) + _STEP
+    if kind.__module__.startswith("bitsandbytes"):
+        return _bitsandbytes(optimizer, p)
     return None
+
+
+def _bitsandbytes(optimizer: Any, p: Tensor) -> int | None:
+    """Bytes that an AdamW or Lion of bitsandbytes keeps for one parameter."""
+    name = type(optimizer).__name__
+    moments = 2 if "AdamW" in name else 1 if "Lion" in name else None
+    if moments is None:
+        return None
+    in_32_bits = any(getattr(module, name) is p for module, name, _ in optimizer.mng.module_weight_config_triple)
+    if "8bit" not in name or in_32_bits or p.numel() < optimizer.args.min_8bit_size:
+        return moments * 4 * p.numel()
+    return moments * (p.numel() + 4 * -(-p.numel() // 256))  # and a float32 maximum per block of 256
 
 
 def _bytes(value: Any) -> int:

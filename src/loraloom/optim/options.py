@@ -25,6 +25,10 @@ class GroupOptions:
     """Learning rate of B over that of A (LoRA+); 16 is the paper's, with a smaller learning rate."""
     gate_lr: float | None = None
     """Learning rate of the gates. Default: the optimizer's own; weight_adam has 5.0 with `sgd`, 0.05 with `adam`."""
+    mixer_lr: float | None = None
+    """Learning rate of mixers (MoSLoRA). Default: the learning rate."""
+    magnitude_lr: float | None = None
+    """Learning rate of magnitudes (DoRA). Default: the learning rate."""
     head_lr: float | None = None
     """Learning rate of a new head and of modules_to_save. Default: the learning rate."""
     logit_lr: float = 0.05
@@ -71,7 +75,21 @@ class SGDOptions:
     """torch's SGD."""
 
     momentum: float = 0.0
-    """Momentum of SGD."""
+    """Momentum of SGD's gradients, or of Muon's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonOptions(AdamWOptions, SGDOptions):
+    """Muon, with AdamW for what is no matrix of a hidden layer."""
+
+    momentum: float = field(default=0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionOptions:
+    """bitsandbytes' Lion: the sign of a momentum; a third to a tenth of AdamW's rate."""
+
+    betas: tuple[float, float] = field(default=(0.9, 0.99))
 
 
 @dataclass(frozen=True, kw_only=True)

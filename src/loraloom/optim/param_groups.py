@@ -1,15 +1,17 @@
 """Parameter groups: which rate and which decay each trainable parameter gets, for any torch optimizer.
 
-| group          | parameters                                          | learning rate        | decay |
-|----------------|-----------------------------------------------------|----------------------|-------|
-| lora_A         | A and the mixer                                     | lr                   | yes   |
-| lora_B         | B                                                   | lr x lora_plus_ratio | yes   |
-| gates          | the scalar of each WeightLoRA layer                 | gate_lr              | no    |
-| logits         | the logits of a composition                         | logit_lr             | no    |
-| heads          | matrices of modules_to_save                         | head_lr              | yes   |
-| heads_no_decay | their biases and norms                              | head_lr              | no    |
-| base           | other trained matrices                              | lr                   | yes   |
-| no_decay       | DoRA magnitudes, other biases and norms             | lr                   | no    |
+| group          | parameters                              | learning rate        | decay |
+|----------------|-----------------------------------------|----------------------|-------|
+| lora_A         | A                                       | lr                   | yes   |
+| mixers         | M (MoSLoRA)                             | mixer_lr             | yes   |
+| lora_B         | B                                       | lr x lora_plus_ratio | yes   |
+| gates          | the scalar of each WeightLoRA layer     | gate_lr              | no    |
+| logits         | the logits of a composition             | logit_lr             | no    |
+| magnitudes     | m (DoRA)                                | magnitude_lr         | no    |
+| heads          | matrices of modules_to_save             | head_lr              | yes   |
+| heads_no_decay | their biases and norms                  | head_lr              | no    |
+| base           | other trained matrices                  | lr                   | yes   |
+| no_decay       | other biases and norms                  | lr                   | no    |
 
 Two rates for A and B are LoRA+ (Hayou et al., arXiv 2402.12354): B starts at zero and needs larger steps than A. The
 groups read parameter names only, so plain PEFT models are grouped as well. For an nn.Embedding target A is the lookup
@@ -17,6 +19,7 @@ table, (r, num_embeddings); it takes A's rate like any other A.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -26,10 +29,41 @@ from loraloom.optim.options import GroupOptions
 from loraloom.text import text_table
 from loraloom.update.parts import PARTS
 
+
+@dataclass(frozen=True)
+class Group:
+    """A row of the table above.
+
+    Attributes:
+        name: of the group.
+        rate: the option of `GroupOptions` that decides its learning rate; None: lr.
+        what: what it holds, one of them in words.
+        decays: whether it has weight decay.
+        vectors: the group of those of its parameters that have less than two axes; None: this one.
+    """
+
+    name: str
+    rate: str | None
+    what: str
+    decays: bool
+    vectors: str | None = None
+
+
+GROUPS = (
+    Group("lora_A", None, "A matrix", True, "no_decay"),
+    Group("mixers", "mixer_lr", "mixer", True),
+    Group("lora_B", "lora_plus_ratio", "B matrix", True, "no_decay"),
+    Group("gates", "gate_lr", "gate", False),
+    Group("logits", "logit_lr", "composition logit", False),
+    Group("magnitudes", "magnitude_lr", "magnitude", False),
+    Group("heads", "head_lr", "module in modules_to_save", True, "heads_no_decay"),
+    Group("heads_no_decay", "head_lr", "module in modules_to_save", False),
+    Group("base", None, "matrix", True, "no_decay"),
+    Group("no_decay", None, "vector", False),
+)
 # The first component of the dotted name that is listed here decides; PEFT's names and ours.
 _GROUP_OF_KEY = {key: part.group for part in PARTS for key in part.keys if part.group} | {"modules_to_save": "heads"}
-_WITHOUT_DECAY = {"lora_A": "no_decay", "lora_B": "no_decay", "base": "no_decay", "heads": "heads_no_decay"}
-_ORDER = ("lora_A", "lora_B", "gates", "logits", "heads", "heads_no_decay", "base", "no_decay")
+_VECTORS = {group.name: group.vectors for group in GROUPS}
 
 
 def build_param_groups(
@@ -39,6 +73,8 @@ def build_param_groups(
     weight_decay: float = GroupOptions.weight_decay,
     lora_plus_ratio: float = GroupOptions.lora_plus_ratio,
     gate_lr: float | None = GroupOptions.gate_lr,
+    mixer_lr: float | None = GroupOptions.mixer_lr,
+    magnitude_lr: float | None = GroupOptions.magnitude_lr,
     head_lr: float | None = GroupOptions.head_lr,
     logit_lr: float = GroupOptions.logit_lr,
 ) -> list[dict[str, Any]]:
@@ -46,13 +82,10 @@ def build_param_groups(
 
     Args:
         model: a PEFT model, or any module.
-        lr: the rate of A, mixers, magnitudes and everything that has no rate of its own.
-        lora_plus_ratio: rate of B over rate of A. LoRA+ suggests 16; 1 is plain LoRA. It should come with a smaller lr.
+        lr: the rate of A, and of everything that has no rate of its own.
+        weight_decay, lora_plus_ratio, mixer_lr, magnitude_lr, head_lr, logit_lr: see `GroupOptions`.
         gate_lr: rate of the gates. If None their group sets no rate, and the optimizer's own default holds: lr, or in
             `WeightAdam`, whose gates move by plain SGD, 5.0.
-        head_lr: rate of modules_to_save; default lr. Worth raising for a freshly initialised classifier.
-        logit_lr: rate of composition logits. At a LoRA's rate Adam would barely move them.
-        weight_decay: decay of matrices (two axes or more); vectors, gates and logits never decay.
 
     Returns:
         Non-empty groups in the order of the table above, each with the keys params, name, weight_decay, is_gate and
@@ -61,7 +94,7 @@ def build_param_groups(
     Raises:
         InputError: nothing is trainable, or a rate was given for which the model trains no parameter.
     """
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in _ORDER}
+    members: dict[str, list[nn.Parameter]] = {group.name: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[_group_of(name, parameter)].append(parameter)
@@ -70,31 +103,26 @@ def build_param_groups(
             "the model has no trainable parameter; add an adapter, or load it with is_trainable=True",
             code="nothing-to-train",
         )
-    if lora_plus_ratio != 1.0:
-        _require(members["lora_B"], f"lora_plus_ratio={lora_plus_ratio}", "B matrix")
-    if gate_lr is not None:
-        _require(members["gates"], f"gate_lr={gate_lr}", "gate")
-    if head_lr is not None:
-        _require(members["heads"] + members["heads_no_decay"], f"head_lr={head_lr}", "module in modules_to_save")
-    if logit_lr != GroupOptions.logit_lr:
-        _require(members["logits"], f"logit_lr={logit_lr}", "composition logit")
-
-    head_rate = lr if head_lr is None else head_lr
-    rates = {
-        "lora_B": lr * lora_plus_ratio,
-        "gates": gate_lr,
-        "logits": logit_lr,
-        "heads": head_rate,
-        "heads_no_decay": head_rate,
+    given = {
+        "lora_plus_ratio": lora_plus_ratio,
+        "gate_lr": gate_lr,
+        "mixer_lr": mixer_lr,
+        "magnitude_lr": magnitude_lr,
+        "head_lr": head_lr,
+        "logit_lr": logit_lr,
     }
-    groups = []
-    for name in filter(members.get, _ORDER):
-        decay = weight_decay if name in ("lora_A", "lora_B", "heads", "base") else 0.0
-        group = {"params": members[name], "name": name, "weight_decay": decay, "is_gate": name == "gates"}
-        if (rate := rates.get(name, lr)) is not None:
-            group["lr"] = rate
-        groups.append(group)
-    return groups
+    _check_rates(given, {group.rate for group in GROUPS if members[group.name]})
+    result = []
+    for group in GROUPS:
+        if not members[group.name]:
+            continue
+        rate = lr if group.rate is None else lr * lora_plus_ratio if group.name == "lora_B" else given[group.rate]
+        row = {"params": members[group.name], "name": group.name, "is_gate": group.name == "gates"}
+        row["weight_decay"] = weight_decay if group.decays else 0.0
+        if rate is not None or group.name != "gates":
+            row["lr"] = lr if rate is None else rate
+        result.append(row)
+    return result
 
 
 def format_param_groups(groups: Iterable[dict[str, Any]]) -> str:
@@ -117,9 +145,14 @@ def format_param_groups(groups: Iterable[dict[str, Any]]) -> str:
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     group = next((_GROUP_OF_KEY[key] for key in name.split(".") if key in _GROUP_OF_KEY), "base")
-    return _WITHOUT_DECAY.get(group, group) if parameter.ndim < 2 else group
+    return _VECTORS[group] or group if parameter.ndim < 2 else group
 
 
-def _require(members: list[nn.Parameter], option: str, what: str) -> None:
-    if not members:
-        raise InputError(f"{option} was given, but the model trains no {what}; leave it out", code="nothing-for-rate")
+def _check_rates(given: dict[str, float | None], used: set[str | None]) -> None:
+    """Refuse a rate that no parameter of the model has."""
+    for option, value in given.items():
+        if value != getattr(GroupOptions, option) and option not in used:
+            what = next(group.what for group in GROUPS if group.rate == option)
+            raise InputError(
+                f"{option}={value} was given, but the model trains no {what}; leave it out", code="nothing-for-rate"
+            )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Name = Literal["A", "B", "mixer", "gate", "magnitude", "logits", "anchor_A", "anchor_B", "member_bias", "bias"]
-Group = Literal["lora_A", "lora_B", "gates", "logits", "no_decay"]
+Group = Literal["lora_A", "mixers", "lora_B", "gates", "logits", "magnitudes", "no_decay"]
 Shape = tuple[int, ...]
 
 
@@ -63,7 +63,7 @@ PARTS = (
     Part("B", "lora_B", "loom_lora_B", "lora_B", "lora_embedding_B", lambda A, B: B, _always),
     Part(
         "mixer",
-        "lora_A",
+        "mixers",
         "loom_mixer",
         shape=lambda A, B: (A[0], A[0]),
         present=lambda config: bool(config.use_mixer),
@@ -78,7 +78,7 @@ PARTS = (
     ),
     Part(
         "magnitude",
-        "no_decay",
+        "magnitudes",
         "loom_lora_magnitude_vector",
         "lora_magnitude_vector",
         shape=lambda A, B: (B[0],),

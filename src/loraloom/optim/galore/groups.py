@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ def project_groups(
         if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 2 and id(weight) in base
     }
     if target_modules is None:
-        chosen = _linear(model, matrices)
+        chosen = {name: w for name, w in linear_weights(model).items() if name in matrices}
     else:
         patterns = [target_modules] if isinstance(target_modules, str) else target_modules
         chosen = {
@@ -63,13 +63,13 @@ def project_groups(
     return result
 
 
-def _linear(model: nn.Module, matrices: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of linear layers that belong to no embedding."""
+def linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of linear layers that belong to no embedding, by the layers' names."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     excluded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is output}
     # transformers' Conv1D is a linear layer with its weight transposed.
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    return {name: w for name, w in matrices.items() if name in linear and id(w) not in excluded}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    return {n: cast(Tensor, m.weight) for n, m in linear.items() if id(m.weight) not in excluded}
 
 
 def _matched(option: str, pattern: str, weights: dict[str, Tensor]) -> list[str]:
