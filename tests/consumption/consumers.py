@@ -82,6 +82,13 @@ def merged(case: Case) -> str:
     return near(logits(model.merge_and_unload()), case.truth.logits)
 
 
+def speed_up(case: Case) -> str:
+    """PEFT's layers, computed by ours."""
+    model = case.live()
+    ours.speed_up(model)
+    return near(logits(model), case.truth.logits)
+
+
 def from_lora(case: Case) -> str:
     """A LoRA of PEFT's in our layers."""
     config = ours.LoomConfig.from_lora(LoraConfig.from_pretrained(case.folder))
@@ -213,6 +220,7 @@ def to_lora(case: Case) -> str:
 CONSUMERS: dict[str, Callable[[Case], Any]] = {
     "forward": forward,
     "merged": merged,
+    "speed_up": speed_up,
     "from_lora": from_lora,
     "inspect": inspect,
     "merge": merge,

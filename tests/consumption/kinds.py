@@ -96,7 +96,11 @@ class Kind:
             return [*GROUPS["disk"], "from_lora"]
         if self.code:
             return [*GROUPS["disk"], *in_memory]
-        return [*GROUPS["disk"], *GROUPS["in memory"], *(["forward", "merged"] if self.ours else ["from_lora"])]
+        return [
+            *GROUPS["disk"],
+            *GROUPS["in memory"],
+            *(["forward", "merged"] if self.ours else ["from_lora", "speed_up"]),
+        ]
 
     def expected(self, verb: str) -> Any:
         if verb == "compose_live" and not self.ours:  # our layers cannot stand beside PEFT's

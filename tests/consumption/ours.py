@@ -1,6 +1,6 @@
 """What the matrix takes from the package: the only file in this folder that imports it."""
 
-from loraloom import LoomConfig, compose
+from loraloom import LoomConfig, compose, speed_up
 from loraloom.adapter.inspect import inspect_adapter
 from loraloom.composition.to_lora import to_lora
 from loraloom.errors import LoraloomError
@@ -27,5 +27,6 @@ __all__ = [
     "merge_checkpoint",
     "reduce_intruders",
     "reduce_stored_intruders",
+    "speed_up",
     "to_lora",
 ]
