@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, SFTTrainer
@@ -41,10 +42,12 @@ class ExactTrainer(Trainer):
 
     Args:
         test_dataset: what is evaluated before and after training; `eval_dataset` is what is evaluated meanwhile.
+        optimizer_cls_and_kwargs: as Trainer's; not all of its subclasses take it.
     """
 
-    def __init__(self, *, test_dataset: Any, **kwargs: Any) -> None:
+    def __init__(self, *, test_dataset: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.test_dataset = test_dataset
         self._evaluating = False
 
@@ -218,10 +221,16 @@ class WritingTrainer(ExactTokenLoss, Seq2SeqTrainer):
 
 
 class PreferenceTrainer(ExactTrainer, DPOTrainer):
-    """DPOTrainer whose evaluations return the share of pairs that the model ranks rightly, and by how much."""
+    """DPOTrainer whose evaluations return the share of pairs that the model ranks rightly, and by how much.
+
+    The reference is the model without its adapter. TRL's is a copy of the adapter as it is given, which costs memory,
+    is saved with it, and makes the reference of a trained adapter that is evaluated again the adapter itself.
+    """
 
     def __init__(self, *, eval_dataset: Dataset, test_dataset: Dataset, **kwargs: Any) -> None:
         super().__init__(eval_dataset={"eval": eval_dataset, "test": test_dataset}, test_dataset=None, **kwargs)
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
         prepared = cast(dict[str, Dataset], self.eval_dataset)
         self.eval_dataset, self.test_dataset = prepared["eval"], prepared["test"]
 
