@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraloom.tuner.composition import ComposedLayer
+from loraloom.tuner.computed_weight import tensors_behind, write_weight
 from loraloom.tuner.peft_internals import check_adapters_to_merge
 from loraloom.tuner.quantized import restore, snapshot
 from loraloom.tuner.row_norm import RowNormCache
@@ -28,6 +29,8 @@ class MergingLayer(ComposedLayer):
     _unmerged: Any = None
     """The base weight as it was before merging."""
     _unmerged_bias: Tensor | None = None
+    _unmerged_tensors: list[Tensor] | None = None
+    """What that weight is made of: itself, or what torch computes it from."""
 
     def _adapted_matrix(self, adapters: Iterable[str], W: Tensor) -> Tensor:
         """W with the adapters applied, in at least float32; each refers to the W given, so their order is free."""
@@ -84,16 +87,20 @@ class MergingLayer(ComposedLayer):
         merged = self.as_weight(merged).to(self.get_base_weight().dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {', '.join(names)} gives NaN or infinity, so nothing was changed.")
-        self._merge_bias([*self.merged_adapters, *names])
-        weight = self.get_base_layer().weight
+        self._check_bias(names)
         if backend is None:
-            if self._unmerged is None:
-                self._unmerged = weight.detach().to("cpu", copy=True)
-            weight.copy_(merged)
+            base = self.get_base_layer()
+            unmerged, behind = self._unmerged, self._unmerged_tensors
+            if unmerged is None:
+                unmerged = base.weight.detach().to("cpu", copy=True)
+                behind = [unmerged] if "weight" in base._parameters else [t.clone() for t in tensors_behind(base)]
+            write_weight(base, merged)
+            self._unmerged, self._unmerged_tensors = unmerged, behind
         else:
             if self._unmerged is None:
                 self._unmerged = snapshot(self.get_base_layer())
             self.set_base_weight(merged)
+        self._merge_bias([*self.merged_adapters, *names])
         self.merged_adapters.extend(names)
         self._base_changed()
 
@@ -104,24 +111,29 @@ class MergingLayer(ComposedLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self.quantization_backend is None:
-            self.get_base_layer().weight.copy_(self._unmerged)
+            for tensor, value in zip(tensors_behind(self.get_base_layer()), self._unmerged_tensors or (), strict=True):
+                tensor.copy_(value)
         else:
             self.base_layer = restore(self._unmerged)
         if self._unmerged_bias is not None:
             self.get_base_layer().bias.copy_(self._unmerged_bias)
-        self._unmerged = self._unmerged_bias = None
+        self._unmerged = self._unmerged_bias = self._unmerged_tensors = None
         self.merged_adapters.clear()
         self._base_changed()
+
+    def _check_bias(self, adapters: list[str]) -> None:
+        if getattr(self.get_base_layer(), "bias", None) is None and any(
+            self.bias_delta(name) is not None for name in adapters
+        ):
+            raise ValueError(
+                "The adapter adds to the bias of a layer that has none, so it cannot be merged: use it as it is."
+            )
 
     def _merge_bias(self, adapters: list[str]) -> None:
         deltas = [delta for delta in map(self.bias_delta, adapters) if delta is not None]
         if not deltas:
             return
         bias = self.get_base_layer().bias
-        if bias is None:
-            raise ValueError(
-                "The adapter adds to the bias of a layer that has none, so it cannot be merged: use it as it is."
-            )
         if self._unmerged_bias is None:
             self._unmerged_bias = bias.detach().clone()
         bias.copy_(self._unmerged_bias + sum(deltas))
