@@ -1,4 +1,10 @@
-"""Convolutions: A is a convolution with r output channels and the base's kernel, B a 1x1 convolution."""
+"""Convolutions: A is a convolution with r output channels and the base's kernel, B a 1x1 convolution.
+
+The weight of a convolution with G groups is a matrix (out, in/G * kernel) whose rows see the inputs of their group.
+Its update is such a matrix of rank r: A is applied to every group, and a row of B takes the r numbers of its group. So
+it merges, for any rank and any number of groups. (PEFT's A sees the inputs of all groups, which no weight of the base's
+shape can do, and its rank must be a multiple of G.)
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,21 +18,17 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class LoomConv(LoomLayer):
-    """``y = c (W * x + B' * (A' * x)) + bias`` with A' = M A, B' = g s B; A (r, in, *kernel), B (out, r, 1, ...)."""
+    """``y = c (W * x + B' * (A' * x)) + bias`` with A' = M A, B' = g s B; A (r, in/G, *kernel), B (out, r, 1, ...)."""
 
     def read_base(self, config: LoomConfig) -> None:
         base = self.get_base_layer()
-        if base.groups != 1:
-            raise ValueError(
-                f"A convolution with groups={base.groups} has no low-rank update of this form: leave it out of "
-                "target_modules, or name it in exclude_modules."
-            )
         self.in_features, self.out_features = base.in_channels, base.out_channels
         self.channel_dim = -1 - len(base.kernel_size)
 
     def factor_shapes(self, r: int) -> tuple[Shape, Shape]:
-        kernel = tuple(self.get_base_layer().kernel_size)
-        return (r, self.in_features, *kernel), (self.out_features, r, *(1 for _ in kernel))
+        base = self.get_base_layer()
+        kernel = tuple(base.kernel_size)
+        return (r, self.in_features // base.groups, *kernel), (self.out_features, r, *(1 for _ in kernel))
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -40,5 +42,6 @@ class LoomConv(LoomLayer):
         A, B = (factor.to(term.A.dtype) for factor in fold([term]))
         x = F.dropout(x, dropout).to(A.dtype)
         # The base's own rule for stride, dilation and padding (of any mode), with A in place of its weight.
-        h = base._conv_forward(x, A.reshape(-1, self.in_features, *kernel), None)
-        return _CONVOLUTIONS[len(kernel)](h, B.reshape(*B.shape, *(1 for _ in kernel)))
+        A = A.repeat(base.groups, 1).reshape(-1, self.in_features // base.groups, *kernel)
+        h = base._conv_forward(x, A, None)
+        return _CONVOLUTIONS[len(kernel)](h, B.reshape(*B.shape, *(1 for _ in kernel)), groups=base.groups)
