@@ -3,7 +3,6 @@
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -32,6 +31,7 @@ LAYERS = {
     "`nn.Embedding`": lambda _: (nn.Embedding(7, 10), torch.randint(0, 7, (2, 5))),
     "`nn.Conv1d`": lambda _: (nn.Conv1d(3, 4, 3), torch.randn(2, 3, 6)),
     "`nn.Conv2d`": lambda _: (nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6)),
+    "`nn.Conv2d` with groups": lambda _: (nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 6, 6)),
     "`nn.Conv3d`": lambda _: (nn.Conv3d(3, 4, 3), torch.randn(2, 3, 4, 4, 4)),
     "`Linear4bit`, NF4": lambda dtype: (nf4_linear(64, 32, dtype), torch.randn(3, 64)),
     "`Linear4bit`, nested NF4": lambda dtype: (nf4_linear(64, 32, dtype, nested=True), torch.randn(3, 64)),
@@ -148,13 +148,6 @@ def adapt(layer: nn.Module, **kwargs) -> nn.Module:
     return get_peft_model(Toy(layer), config(**kwargs))
 
 
-def adapt_mamba() -> None:
-    mamba = nn.Sequential()
-    mamba.add_module("out_proj", nn.Linear(4, 4))
-    mamba.config = SimpleNamespace(model_type="mamba")
-    get_peft_model(mamba, config(target_modules=["out_proj"]))
-
-
 def mixed_batch_in_training() -> None:
     model = adapt(nn.Linear(4, 4)).train()
     model(torch.randn(2, 4), adapter_names=["default", "__base__"])
@@ -174,13 +167,8 @@ def merged_mixed_batch() -> None:
 
 
 REFUSED = {
-    "a convolution with groups": lambda: adapt(nn.Conv2d(4, 4, 3, groups=2)),
     "an embedding with `max_norm`": lambda: adapt(nn.Embedding(4, 4, max_norm=1.0)),
     "`nn.ConvTranspose2d`, and every layer not in the first table": lambda: adapt(nn.ConvTranspose2d(4, 4, 3)),
-    "the output projection of `nn.MultiheadAttention`": lambda: get_peft_model(
-        nn.MultiheadAttention(4, 2), config(target_modules=["out_proj"])
-    ),
-    "`conv1d` and `out_proj` of Mamba models": adapt_mamba,
     "bare parameters (`target_parameters`)": lambda: config(target_parameters=["experts.weight"]),
     '`init_lora_weights="orthogonal"` with an odd rank': lambda: config(r=3, init_lora_weights="orthogonal"),
     '`"pissa"`, `"olora"` with r above the smaller side': lambda: adapt(

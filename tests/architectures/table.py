@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 VOCABULARY = 50
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 HEADS = {"classifier", "score", "qa_outputs", "classification_head"}  # trained in full, as modules to save
-MODELS_WITH_FUSED_KERNELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # PEFT's list
 IDS = torch.arange(5, 17).reshape(2, 6)
 
 
@@ -85,9 +84,12 @@ class Row:
         return model.eval()
 
     def every_module(self) -> list[str]:
-        """Names of all modules of a kind that PEFT adapts, but heads, tied weights, and what PEFT refuses at r = 2."""
+        """Names of all modules of a kind that we adapt, but heads and tied weights.
+
+        PEFT refuses some: the convolutions with many groups, and what it knows Mamba's kernels to read.
+        """
         model: Any = self.build()
-        left_out = {"conv1d", "out_proj"} if self.model_type in MODELS_WITH_FUSED_KERNELS else set()
+        left_out: set[str] = set()
         with contextlib.suppress(NotImplementedError):  # some models of images and sound have no embeddings
             left_out |= {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
         owners = collections.Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -96,8 +98,7 @@ class Row:
             for name, module in model.named_modules()
             if isinstance(module, ADAPTABLE)
             and owners[id(getattr(module, "weight", None))] <= 1
-            and getattr(module, "groups", 1) <= 2
-            and not left_out & {name, name.rpartition(".")[2]}
+            and name not in left_out
             and not HEADS & {*name.split(".")}
         ]
 
@@ -190,7 +191,9 @@ ROWS = {
     "roberta": _row("RobertaForSequenceClassification", task="SEQ_CLS", **_ENCODER),
     "roberta-tokens": _row("RobertaForTokenClassification", task="TOKEN_CLS", **_ENCODER),
     "xlm-roberta": _row("XLMRobertaForQuestionAnswering", task="QUESTION_ANS", **_ENCODER),
-    "deberta": _row("DebertaForSequenceClassification", task="SEQ_CLS", **_ENCODER),
+    "deberta": _row(
+        "DebertaForSequenceClassification", task="SEQ_CLS", relative_attention=True, pos_att_type="p2c|c2p", **_ENCODER
+    ),
     "deberta-v2": _row(
         "DebertaV2ForSequenceClassification",
         task="SEQ_CLS",

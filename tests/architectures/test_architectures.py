@@ -42,21 +42,8 @@ IN_MAKE_TEST = (
     "llava",
 )
 # What fails today: row -> (the start of what is asked for, the cause). A row that is mended is deleted here.
-KNOWN_FAILURES = {
-    "mamba": ("every", "T2: dt_proj is read, not called"),
-    "falcon_mamba": ("every", "T2: dt_proj is read, not called"),
-    "jamba": (("all-linear", "every"), "T2: dt_proj is read, not called"),
-    "wavlm": (("all-linear", "every"), "T2: the attention reads its projections; T11: grouped convolution"),
-    "deberta-v2": ("every", "T2: the embedding of positions is read, not called"),
-    "opt": ("every", "an embedding whose own forward shifts its input"),
-    "bart": ("every", "an embedding whose own forward takes no ids"),
-    "bart-classes": ("every", "an embedding whose own forward takes no ids"),
-    "mbart": ("every", "an embedding whose own forward takes no ids"),
-    "pegasus": ("every", "an embedding whose own forward takes a shape"),
-    "whisper": ("every", "the model reads attributes of the convolution"),
-    "siglip": (("all-linear", "every"), "T11: nn.MultiheadAttention"),
-    "wav2vec2": ("every", "T11: grouped convolution"),
-    "hubert": ("every", "T11: grouped convolution"),
+KNOWN_FAILURES: dict[str, tuple[str | tuple[str, ...], str]] = {
+    "siglip": ("every", "T11: nn.MultiheadAttention"),
 }
 
 

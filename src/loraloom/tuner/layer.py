@@ -38,6 +38,8 @@ class LoomLayer(nn.Module, MergingLayer):
     out_features: int
     channel_dim = -1
     """The output's dimension of size out_features."""
+    weight_is_read = False
+    """Whether the model reads the weight besides calling the layer, see `loraloom.tuner.weight_reads`."""
 
     def __init__(
         self,
@@ -220,6 +222,29 @@ class LoomLayer(nn.Module, MergingLayer):
     def base_matrix(self) -> Tensor:
         """The base weight W (out, in) as it is in the layer now, dequantised if need be."""
         return self.as_matrix(self.get_base_weight())
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight; where the model reads it instead of calling the layer, W' of the active adapters.
+
+        W' is differentiable. ``lora_dropout`` has no effect on it: there is no input to drop.
+        """
+        adapters = [name for name in self.active_adapters if self.has_adapter(name)]
+        if not self.weight_is_read or not adapters:
+            return super().weight
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            return super().weight
+        adapted = self._adapted_matrix(adapters, self.base_matrix())
+        return self.as_weight(adapted).to(self.get_base_weight().dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        # Models ask a convolution for its stride, an embedding for its size: what torch calls a module's constants.
+        base = self.__dict__["_modules"].get("base_layer")
+        if base is not None and name in getattr(type(base), "__constants__", ()):
+            return getattr(base, name)
+        return super().__getattr__(name)
 
     # Forward
 

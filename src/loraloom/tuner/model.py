@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loraloom.errors import InputError
 from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
@@ -27,11 +28,8 @@ from loraloom.tuner.peft_internals import (
 )
 from loraloom.tuner.quantized import prevent_cpu_repacking
 from loraloom.tuner.targets import prepare_targets
+from loraloom.tuner.weight_reads import modules_read
 from loraloom.update.composition import Tie
-
-# Their fused kernels read these weights and never call the module, so an adapter there would have no effect.
-_MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-_MAMBA_FUSED = {"conv1d", "out_proj"}
 
 
 class LoomModel(BaseTuner):
@@ -63,6 +61,9 @@ class LoomModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; the layers of a composition whose scope is wider than a layer are tied."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for name in modules_read(model):
+            if isinstance(layer := model.get_submodule(name), LoomLayer):
+                layer.weight_is_read = True
         config: Any = self.peft_config[adapter_name]
         config.loom_format_version = FORMAT_VERSION
         composition = config.composition
@@ -124,12 +125,8 @@ class LoomModel(BaseTuner):
             factor.dtype_is_settled = not factor.weight.is_meta  # on meta, the dtype will be the checkpoint's
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type in _MAMBA_TYPES and target_name in _MAMBA_FUSED:
-            raise ValueError(
-                f"{target_name!r} of a {model_type} model is read by a fused kernel and an adapter there would have no "
-                "effect: remove it from target_modules."
-            )
+        # PEFT's version refuses what Mamba's kernels read; here such a layer gives them the adapted weight.
+        pass
 
     def _check_merge_allowed(self) -> None:
         # PEFT's version warns, by names and the model's config; the merged model would be another function.
@@ -159,6 +156,12 @@ class LoomModel(BaseTuner):
         unknown = sorted({*names} - known - {BASE})
         if unknown:
             raise ValueError(f"adapter_names has {unknown}; the model's adapters are {sorted(known)} and {BASE!r}.")
+        if reads := [name for name, layer in self.model.named_modules() if getattr(layer, "weight_is_read", False)]:
+            raise InputError(
+                f"adapter_names cannot be used: the model reads the weight of {reads[0]} instead of calling it, so all "
+                "samples share one. Use set_adapter and one batch per adapter.",
+                code="weight-is-read",
+            )
         beams = kwargs.get("num_beams") or 1
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         # Beam search repeats each sample for the decoder only.
@@ -211,10 +214,7 @@ def _layer_class(target: nn.Module, backend: Any, key: str) -> Callable[..., Loo
         return LoomEmbedding
     if isinstance(target, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return LoomConv
-    # The projection inside nn.MultiheadAttention is a Linear whose forward is never called.
-    if isinstance(target, nn.Linear | Conv1D) and not isinstance(
-        target, nn.modules.linear.NonDynamicallyQuantizableLinear
-    ):
+    if isinstance(target, nn.Linear | Conv1D):
         return LoomLinear
     raise ValueError(
         f"{key} is a {type(target).__name__}, which cannot be adapted. Supported are nn.Linear, transformers' Conv1D, "
