@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -149,6 +150,24 @@ def expand_ranks(
         _set_rank(layer, adapter, r, cast(LoomConfig, model.peft_config[adapter]).use_rslora)
     _rewrite_config(model, adapter)
     return conditions
+
+
+def average_gradients(model: PeftModel, adapter: str, names: Iterable[str]) -> None:
+    """Average the gradients of these layers' A, B and mixers over all processes, as soon as backward has made them.
+
+    For parameters that DistributedDataParallel does not know, because they were made after it. It is right for each of
+    several micro-batches too: what was averaged before is the same everywhere, and its own average.
+    """
+
+    def average(parameter: Tensor) -> None:
+        gradient = cast(Tensor, parameter.grad)
+        dist.all_reduce(gradient)  # gloo has no ReduceOp.AVG
+        gradient.div_(dist.get_world_size())
+
+    layers = adapted_layers(model, adapter)
+    for name in names:
+        for parameter in factors(layers[name], adapter):
+            parameter.register_post_accumulate_grad_hook(average)
 
 
 def largest_rank(layer: LoomLayer, adapter: str) -> int:

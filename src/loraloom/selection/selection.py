@@ -20,6 +20,7 @@ from loraloom.optim import Constraint, KSparse, WeightAdam
 from loraloom.selection.phases import FillBudget, HalveAndDouble, Phase, Phases, is_fraction, resolve_phases
 from loraloom.selection.rewire import (
     adapted_layers,
+    average_gradients,
     count_parameters,
     disconnect,
     expand_ranks,
@@ -231,6 +232,8 @@ class AdapterSelection:
 
     def _expand(self, ranks: dict[str, int]) -> None:
         conditions = expand_ranks(self.model, self.adapter, ranks, self.optimizer, self.seed)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            average_gradients(self.model, self.adapter, ranks)
         self.events.append({"step": self.step, "event": "expand", "ranks": ranks, "condition_numbers": conditions})
 
     def _ranks_within(self, budget: int) -> dict[str, int]:
@@ -251,8 +254,6 @@ class AdapterSelection:
         return {name: r for name, r in ranks(best).items() if r != self.kept[name]}
 
     def _check_expansion(self) -> None:
-        if self.expand is not None and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError(f"expand={self.expand} replaces parameters, which DDP does not follow: use one process")
         if isinstance(self.expand, HalveAndDouble):
             for name, layer in self._layers.items():
                 r = layer.r[self.adapter] * 2**self.expand.times
