@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
-from loraloom.update import node as loom_autograd
-from loraloom.update.linear import adapted_linear, rescale
+from loraloom.update import node
+from loraloom.update.linear import adapted_linear
+from loraloom.update.node import AdaptedLinear
+from loraloom.update.rescale import Rescaled, rescale
 from loraloom.update.terms import Term, fold, stack
 from loraloom.update.update import Update, row_norm
 from tests.tuner.support import assert_near
@@ -52,8 +54,14 @@ def ours(x, W, term, magnitude, norm, bias, through="weight", dropout=0.0):
     base = {"W": W} if "weight" in through else {"base_out": F.linear(x, W, bias)}
     if "node" in through:  # whatever adapted_linear would choose for these dtypes
         A, B, M, gate, scaling = term
-        given = base.get("base_out"), base.get("W"), bias, magnitude, norm
-        return loom_autograd.AdaptedLinear.apply(x, A, B, M, gate, scaling, dropout, *given)
+        parts = x, A, B, M, gate, scaling, dropout
+        W, base_out = base.get("W"), base.get("base_out")
+        if magnitude is None:
+            return AdaptedLinear.apply(*parts, base_out, W, None if W is None else bias)
+        if base_out is not None and bias is not None:
+            base_out = base_out - bias
+        z = AdaptedLinear.apply(*parts, base_out, W, None)
+        return Rescaled.apply(z, magnitude, norm, bias, W is not None)
     return adapted_linear(x, term, bias=bias, magnitude=magnitude, norm=norm, dropout=dropout, **base)
 
 
@@ -176,7 +184,7 @@ def test_blocks_of_rows_change_nothing_but_rounding(dora, dropout, through, monk
         return output, *torch.autograd.grad(output.float().square().sum(), parts)
 
     whole = run()
-    monkeypatch.setattr(loom_autograd, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(node, "_BLOCK_ROWS", 2)
     for blocked, value in zip(run(), whole, strict=True):
         assert_near(blocked, value, torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32, factor=3)
 

@@ -17,8 +17,8 @@ from loraloom.tuner.merging import MergingLayer
 from loraloom.tuner.peft_internals import gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache
 from loraloom.update.composition import LayerComposition
-from loraloom.update.linear import rescale
 from loraloom.update.parts import LOOM, PARTS, Name, Shape
+from loraloom.update.rescale import rescale
 from loraloom.update.terms import Term, scaling, stack
 from loraloom.update.update import Update, row_scale
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraloom.update.node import AdaptedLinear
-from loraloom.update.terms import Term, scale
+from loraloom.update.node import AdaptedLinear, Weight
+from loraloom.update.rescale import Rescaled
+from loraloom.update.terms import Term, autocast_dtype, scale
 from loraloom.update.update import row_scale
 
-# Above this the node by hand, which works in one buffer of the output's size where autograd takes three, is the faster
-# way to DoRA, below it its Python costs more than that saves (measured on two CPU cores).
+# With more tokens than this, the nodes are faster for DoRA: they need one output-sized buffer, autograd needs three.
+# With fewer, their Python overhead dominates (measured on two CPU cores).
 _FEW_TOKENS = 256
 
 
@@ -22,7 +23,7 @@ def adapted_linear(
     term: Term,
     *,
     base_out: Tensor | None = None,
-    W: Tensor | None = None,
+    W: Weight | None = None,
     bias: Tensor | None = None,
     magnitude: Tensor | None = None,
     norm: Tensor | None = None,
@@ -34,7 +35,7 @@ def adapted_linear(
         x: input (..., in).
         term: the low-rank update.
         base_out: the base layer's output ``x W^T + bias`` (..., out) where something else computes it. Not changed.
-        W: the base weight (out, in), when base_out is not given.
+        W: the base weight (out, in), when base_out is not given; or a function that makes it, called once in each pass.
         bias: the base layer's bias (out,), which DoRA does not scale.
         magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), for c = m / norm; both or neither.
         dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
@@ -43,15 +44,20 @@ def adapted_linear(
         (..., out) in the dtype of the base layer's output. Differentiable with respect to every tensor but norm; where
         dtypes differ, with dropout, and with a magnitude on many tokens, once.
     """
-    uniform = x.dtype is term.A.dtype and not dropout and not torch.is_autocast_enabled(x.device.type)
+    uniform = x.dtype is term.A.dtype and not dropout and autocast_dtype(x.device.type) is None
     few = magnitude is None or x.numel() <= _FEW_TOKENS * x.shape[-1]
-    if (uniform and few) or torch.compiler.is_compiling():
+    if ((uniform and few) or torch.compiler.is_compiling()) and not callable(W):
         return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
     A, B, M, gate, scaling = term
     # Flat outside the node: a view made inside could not be changed in place, as ReLU(inplace=True) does.
     x2 = x.reshape(-1, x.shape[-1])
     z = None if base_out is None else base_out.reshape(-1, base_out.shape[-1])
-    y = AdaptedLinear.apply(x2, A, B, M, gate, scaling, dropout, z, W, bias, magnitude, norm)
+    if magnitude is None or norm is None:
+        y = AdaptedLinear.apply(x2, A, B, M, gate, scaling, dropout, z, W, None if base_out is not None else bias)
+    else:
+        z = z - bias.to(z.dtype) if z is not None and bias is not None else z
+        z = AdaptedLinear.apply(x2, A, B, M, gate, scaling, dropout, z, W, None)
+        y = Rescaled.apply(z, magnitude, norm, bias, base_out is None)
     return y.view(*x.shape[:-1], B.shape[0])
 
 
@@ -95,12 +101,3 @@ def _composed(
         z = z * c if bias is None else torch.addcmul(bias, z, c)
     z = z.to(dtype)
     return z if x2 is x else z.view(*x.shape[:-1], z.shape[-1])
-
-
-def rescale(z: Tensor, c: Tensor, bias: Tensor | None, channel_dim: int = -1) -> Tensor:
-    """DoRA's last step, ``c (z - bias) + bias`` along one dimension of z; differentiable."""
-    shape = [1] * z.dim()
-    shape[channel_dim] = -1
-    if bias is None:
-        return c.view(shape) * z
-    return c.view(shape) * (z - bias.view(shape)) + bias.view(shape)

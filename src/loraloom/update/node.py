@@ -1,9 +1,9 @@
 """An adapted linear layer as one autograd node: forward, and the gradients derived by hand.
 
 Why by hand: where base and adapter differ in dtype, under autocast and with dropout, autograd would save copies of x
-for each target (a float32 one, the dropped one, the mask), and for DoRA four tensors of the output's size. Here one
-node saves x itself (shared by every layer that reads it), h (tokens, r), and for DoRA z. Where all is one dtype,
-torch's own operations save no more and are faster on few tokens; see ``functional.adapted_linear``.
+for each target (a float32 one, the dropped one, the mask). Here one node saves x itself (shared by every layer that
+reads it) and h (tokens, r). Where all is one dtype, torch's own operations save no more and are faster on few tokens;
+see ``linear.adapted_linear``.
 """
 
 from collections.abc import Callable
@@ -14,32 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraloom.update.update import row_scale
+from loraloom.update import split
+from loraloom.update.terms import autocast_dtype
 
-# Where base and adapter differ in dtype, the work goes through blocks of rows, so that no float32 copy of a whole
-# (tokens, in) or (tokens, out) tensor is ever made. The dropout mask is drawn in the same blocks in both passes.
+# Where base and adapter differ in dtype and the device cannot split factors (see split.py), the work goes through
+# blocks of rows, so that no float32 copy of a whole (tokens, in) or (tokens, out) tensor is ever made. The dropout mask
+# is drawn in the same blocks in both passes.
 _BLOCK_ROWS = 2048
 
 _Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | float]  # A, B, M, sigma
+Weight = Tensor | Callable[[], Tensor]
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """y = c z + b with z = x W^T + u B^T, u = sigma k, k = h M^T, h = x_d A^T, x_d = mask * x / (1 - p).
+    """z = x W^T + b + u B^T with u = sigma k, k = h M^T, h = x_d A^T, x_d = mask * x / (1 - p).
 
-    sigma = s g; c = m / norm, or 1 without a magnitude; norm is a constant. W, b, M, g and m may be missing; without W
-    the caller gives base_out = x W^T + b, whatever computed it.
+    sigma = s g. M, g and b may be missing. W is a tensor or, when it is stored in another form, a function that makes
+    it; without W the caller gives base_out = x W^T + b, whatever computed it.
 
-    Let G = dL/dy (tokens, out) and Z = dL/dz = G c. Then
+    Let G = dL/dz (tokens, out). Then
 
-        dL/dbase_out = Z                            dL/dW = Z^T x
-        dL/dm = colsum(G * z) / norm                dL/db = colsum(G), less colsum(Z) if base_out carries b's share
-        T = Z B (tokens, r)                         dL/dB = Z^T u
+        dL/dbase_out = G                            dL/dW = G^T x,  dL/db = colsum(G)
+        T = G B (tokens, r)                         dL/dB = G^T u
         dL/dg = s sum(T * k)                        dL/dk = T sigma
         dL/dM = (dL/dk)^T h                         dL/dh = (dL/dk) M
-        dL/dA = (dL/dh)^T x_d                       dL/dx = Z W + mask * ((dL/dh) A) / (1 - p)
+        dL/dA = (dL/dh)^T x_d                       dL/dx = G W + mask * ((dL/dh) A) / (1 - p)
 
-    Nothing of size (tokens, out) is saved without a magnitude, z with one. The dropout mask is not saved but drawn
-    again from its seed, which comes from torch's generator, so that checkpointing restores it.
+    Nothing of size (tokens, out) is saved. The dropout mask is not saved but drawn again from its seed, which comes
+    from torch's generator, so that checkpointing restores it.
     """
 
     @staticmethod
@@ -53,120 +55,115 @@ class AdaptedLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
         base_out: Tensor | None,
-        W: Tensor | None,
+        W: Weight | None,
         bias: Tensor | None,
-        magnitude: Tensor | None,
-        norm: Tensor | None,
     ) -> Tensor:
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtype = autocast or A.dtype
-        z: Tensor
-        if base_out is not None:
-            z = base_out.clone() if bias is None or magnitude is None else base_out - bias.to(base_out.dtype)
-        elif autocast is None:
-            z = F.linear(x, cast(Tensor, W), bias if magnitude is None else None)
-        else:
-            z = F.linear(x.to(autocast), _to(W, autocast), _cast(bias if magnitude is None else None, autocast))
+        autocast = autocast_dtype(x.device.type)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        ctx.base_dtype, ctx.dtype = autocast or x.dtype, autocast or A.dtype
+        ctx.weight = None if W is None or isinstance(W, Tensor) else W
+        z, *saved = _output(ctx, x, A, B, M, gate, base_out, W, bias)
+        ctx.save_for_backward(x, A, B, M, gate, W if isinstance(W, Tensor) else None, *saved)
+        return cast(Tensor, z)
 
-        seed = int(torch.randint(2**62, ()).item()) if dropout else 0
-        factors = _factors(A, B, M, gate, scaling, dtype)
-        mask = _masks(seed, dropout, x.device, dtype) if dropout else None
-        c = None if magnitude is None or norm is None else row_scale(magnitude, norm)
-        if z.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
-            h, y = _add_update(z, x, factors, mask, c, bias)
-        else:
-            blocks = zip(z.split(_BLOCK_ROWS), x.split(_BLOCK_ROWS), strict=True)
-            h, y = map(torch.cat, zip(*(_add_update(*b, factors, mask, c, bias) for b in blocks), strict=True))
-
-        ctx.scaling, ctx.dropout, ctx.seed, ctx.dtype = scaling, dropout, seed, dtype
-        ctx.has_base_out = base_out is not None
-        dora = () if c is None else (z, bias, magnitude, norm)
-        ctx.save_for_backward(x, h, A, B, M, gate, W, *dora)
-        return y
+    @staticmethod
+    def again(node: Any) -> Tensor:
+        """The output without the bias, from what a node with a W has saved."""
+        x, A, B, M, gate, W, *_ = node.saved_tensors
+        return cast(Tensor, _output(node, x, A, B, M, gate, None, node.weight if W is None else W, None)[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        if torch.is_autocast_enabled(grad.device.type):  # dtypes are settled here, as they were in forward
-            with torch.autocast(grad.device.type, enabled=False):
-                return _backward(ctx, grad)
-        return _backward(ctx, grad)
+        if autocast_dtype(grad.device.type) is None:
+            return _backward(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):  # dtypes are settled here, as they were in forward
+            return _backward(ctx, grad)
+
+
+def _output(
+    ctx: Any,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    M: Tensor | None,
+    gate: Tensor | None,
+    base_out: Tensor | None,
+    W: Weight | None,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """z, and what backward needs besides the inputs: h, or h1, A1 and B1 where factors are split."""
+    fresh = base_out is None
+    z = _base(ctx, x, cast(Weight, W), bias) if base_out is None else base_out
+    alike = x.dtype is z.dtype and A.dtype is B.dtype is ctx.dtype is torch.float32
+    ctx.split = alike and M is None and gate is None and not ctx.dropout and split.supported(x.device, x.dtype)
+    if ctx.split:
+        As, Bs, r = split.split_rows(A), split.split_columns(B), len(A)
+        h = split.split_hidden(split.product(x, As.t()), r)
+        y = z.addmm_(h, Bs.t(), alpha=ctx.scaling) if fresh else torch.addmm(z, h, Bs.t(), alpha=ctx.scaling)
+        if As.numel() + Bs.numel() > x.numel():  # not worth keeping
+            return y, h[:, :r], None, None
+        return y, h[:, :r], As[:r], Bs[:, :r]
+    factors = _factors(A, B, M, gate, ctx.scaling, ctx.dtype)
+    mask = _masks(ctx.seed, ctx.dropout, x.device, ctx.dtype) if ctx.dropout else None
+    if z.dtype == ctx.dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
+        return _add_update(z, x, factors, mask, fresh)
+    y = z if fresh else torch.empty_like(z)
+    hidden = []
+    for y_rows, z_rows, x_rows in zip(*(t.split(_BLOCK_ROWS) for t in (y, z, x)), strict=True):
+        rows, h_rows = _add_update(z_rows, x_rows, factors, mask, fresh)
+        hidden.append(h_rows)
+        if not fresh:
+            y_rows.copy_(rows)
+    return y, torch.cat(hidden)
+
+
+def _base(ctx: Any, x: Tensor, W: Weight, bias: Tensor | None) -> Tensor:
+    weight = W if isinstance(W, Tensor) else W()
+    return F.linear(_to(x, ctx.base_dtype), _to(weight, ctx.base_dtype), _cast(bias, ctx.base_dtype))
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple:
-    x, h, A, B, M, gate, W, *dora = ctx.saved_tensors
+    x, A, B, M, gate, W, h, *parts = ctx.saved_tensors
     dtype = ctx.dtype
-    needs_x, needs_A, needs_B, needs_M, needs_gate, _, _, needs_out, needs_W, needs_bias, needs_m, _ = (
-        ctx.needs_input_grad
-    )
-    grad_bias: Any = g.sum(0, dtype=_accumulator(g.dtype)) if needs_bias else None
-    grad_m: Any = None
-    if dora:
-        z, bias, magnitude, norm = dora
-        c = row_scale(magnitude, norm)
-        product = g * z if g.dtype == c.dtype else g.to(c.dtype) * z
-        grad_m = row_scale(product.sum(0), norm).to(magnitude.dtype)
-        if needs_bias:
-            grad_bias = grad_bias * (1 - c) if ctx.has_base_out else grad_bias
-            grad_bias = grad_bias.to(bias.dtype)
-        g = torch.mul(g, c, out=product).to(g.dtype)
-    elif needs_bias and ctx.has_base_out:
-        grad_bias = None  # without a magnitude the whole of it passes through base_out
-
-    dx: Any = None
-    if needs_x:
-        dx = torch.zeros_like(x, dtype=g.dtype) if W is None else g @ _to(W, g.dtype)
-    needs = needs_A, needs_B, needs_M, needs_gate
-    factors = _factors(A, B, M, gate, ctx.scaling, dtype)
-    mask = _masks(ctx.seed, ctx.dropout, x.device, dtype) if ctx.dropout else None
-    if g.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
-        sums = _add_gradient(dx, g, x, h, factors, mask, needs)
+    needs_x, needs_A, needs_B, needs_M, needs_gate, _, _, needs_out, needs_W, needs_bias = ctx.needs_input_grad
+    weight = ctx.weight() if needs_x and ctx.weight is not None else W
+    dx: Any = g @ _to(weight, g.dtype) if needs_x and weight is not None else None
+    needs = needs_x, needs_A, needs_B, needs_M, needs_gate
+    if ctx.split:
+        dx, sums = _split_gradient(dx, g, x, h, A, B, parts, ctx.scaling, needs)
     else:
-        pieces = [t.split(_BLOCK_ROWS) for t in (g if dx is None else dx, g, x, h)]
-        blocks = [
-            _add_gradient(None if dx is None else dxs, gs, xs, hs, factors, mask, needs)
-            for dxs, gs, xs, hs in zip(*pieces, strict=True)
-        ]
-        sums = _Sums(
-            *(None if s[0] is None else torch.stack([_up(t) for t in s]).sum(0) for s in zip(*blocks, strict=True))
-        )
+        factors = _factors(A, B, M, gate, ctx.scaling, dtype)
+        mask = _masks(ctx.seed, ctx.dropout, x.device, dtype) if ctx.dropout else None
+        if g.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
+            dx, sums = _add_gradient(dx, g, x, h, factors, mask, needs)
+        else:
+            dx, sums = _in_blocks(dx, g, x, h, factors, mask, needs)
     return (
         _to(dx, x.dtype) if needs_x else None,
         _cast(sums.A, A.dtype),
         _cast(sums.B, B.dtype),
-        None if sums.M is None else _to(sums.M, M.dtype),
+        None if sums.M is None or M is None else _to(sums.M, M.dtype),
         None if sums.sigma is None else (sums.sigma * ctx.scaling).sum_to_size(gate.shape).to(gate.dtype),
         None,
         None,
         g if needs_out else None,
         (g.t() @ x.to(g.dtype)).to(W.dtype) if needs_W else None,
-        grad_bias,
-        grad_m if needs_m else None,
-        None,
+        g.sum(0, dtype=_accumulator(g.dtype)) if needs_bias else None,
     )
 
 
-def _add_update(
-    z: Tensor, x: Tensor, factors: _Factors, mask: Any, c: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Adds u B^T to z (tokens, out) in place; returns h (tokens, r) and y = c z + bias, which is z without c."""
+def _add_update(z: Tensor, x: Tensor, factors: _Factors, mask: Any, fresh: bool) -> tuple[Tensor, Tensor]:
+    """``z + u B^T`` (tokens, out), in z's memory if it is fresh, and h (tokens, r)."""
     A, B, M, sigma = factors
     x = _to(x, A.dtype)
     h = (x if mask is None else x * mask(x)) @ A.t()
     u = (h if M is None else h @ M.t()) * sigma
     if z.dtype == u.dtype:
-        exact = z.addmm_(u, B.t())
-    else:  # y is rounded once, not z first and then its multiple
-        exact = z + u @ B.t()
-        z.copy_(exact)
-    if c is None:
-        return h, z
-    if bias is None:
-        return h, (exact * c).to(z.dtype)
-    if exact.dtype == c.dtype == bias.dtype:
-        return h, torch.addcmul(bias, exact, c).to(z.dtype)
-    return h, (exact * c + bias).to(z.dtype)
+        return z.addmm_(u, B.t()) if fresh else torch.addmm(z, u, B.t()), h
+    exact = (u @ B.t()).add_(z)
+    return z.copy_(exact) if fresh else exact.to(z.dtype), h
 
 
 class _Sums(NamedTuple):
@@ -174,8 +171,32 @@ class _Sums(NamedTuple):
 
     A: Tensor | None
     B: Tensor | None
-    M: Tensor | None
-    sigma: Tensor | None
+    M: Tensor | None = None
+    sigma: Tensor | None = None
+
+
+def _split_gradient(
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    parts: list[Tensor | None],
+    s: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, _Sums]:
+    """As _add_gradient, of bfloat16 parts; parts are A1 and B1, or None."""
+    needs_x, needs_A, needs_B, _, _ = needs
+    A1, B1 = (factor.to(g.dtype) if part is None else part for part, factor in zip(parts, (A, B), strict=True))
+    sum_B = split.product(g.t(), h, s) if needs_B else None
+    if not (needs_x or needs_A):
+        return None, _Sums(None, sum_B)
+    t = g @ B1
+    sum_A = split.product(t.t(), x, s) if needs_A else None
+    if needs_x:
+        dx = (t @ A1).mul_(s) if dx is None else dx.addmm_(t, A1, alpha=s)
+    return dx, _Sums(sum_A, sum_B)
 
 
 def _add_gradient(
@@ -186,16 +207,16 @@ def _add_gradient(
     factors: _Factors,
     mask: Any,
     needs: tuple[bool, ...],
-) -> _Sums:
-    """Adds the low-rank path's share to dx (tokens, in) in place and returns the sums; g is Z."""
+) -> tuple[Tensor | None, _Sums]:
+    """dx (tokens, in) plus the low-rank path's share, in dx's memory if it is given, and the sums; g is G."""
     A, B, M, sigma = factors
-    needs_A, needs_B, needs_M, needs_gate = needs
+    needs_x, needs_A, needs_B, needs_M, needs_gate = needs
     g, x = _to(g, A.dtype), _to(x, A.dtype)
     k = h if M is None else h @ M.t()
     t = g @ B
     sum_sigma = (t * k).sum(0, dtype=_accumulator(t.dtype)) if needs_gate else None
     sum_B = None
-    if needs_B:  # two ways to write Z^T u: the second is faster where tokens are many, but comes out transposed
+    if needs_B:  # two ways to write G^T u: the second is faster where tokens are many, but comes out transposed
         u = k * sigma
         sum_B = g.t() @ u if g.shape[0] <= 128 else (u.t() @ g).t()
     t *= sigma
@@ -204,14 +225,33 @@ def _add_gradient(
         t = t @ M
     factor = None if mask is None else mask(x)
     sum_A = t.t() @ (x if factor is None else x * factor) if needs_A else None
-    if dx is not None:
-        if factor is not None:
-            dx.add_((t @ A).mul_(factor))
-        elif dx.dtype == t.dtype:
+    if needs_x:
+        if dx is not None and factor is None and dx.dtype == t.dtype:
             dx.addmm_(t, A)
         else:
-            dx.add_(t @ A)
-    return _Sums(sum_A, sum_B, sum_M, sum_sigma)
+            share = t @ A
+            share = share if factor is None else share.mul_(factor)
+            dx = share if dx is None else dx.add_(share)
+    return dx, _Sums(sum_A, sum_B, sum_M, sum_sigma)
+
+
+def _in_blocks(
+    dx: Tensor | None, g: Tensor, x: Tensor, h: Tensor, factors: _Factors, mask: Any, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, _Sums]:
+    """As _add_gradient, with copies in the dtype of computation of a few rows at a time."""
+    given = dx is not None
+    if needs[0] and dx is None:
+        dx = torch.empty_like(x, dtype=g.dtype)
+    total: list[Tensor | None] = [None] * len(_Sums._fields)
+    pieces = [t.split(_BLOCK_ROWS) for t in (g if dx is None else dx, g, x, h)]
+    for dx_block, g_block, x_block, h_block in zip(*pieces, strict=True):
+        share, sums = _add_gradient(dx_block if given else None, g_block, x_block, h_block, factors, mask, needs)
+        if share is not None and not given:
+            dx_block.copy_(share)
+        for i, value in enumerate(sums):
+            if value is not None:
+                total[i] = _up(value) if total[i] is None else total[i].add_(value)  # type: ignore[union-attr]
+    return dx, _Sums(*total)
 
 
 def _factors(

@@ -41,6 +41,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device, None where it is off."""
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def scale(term: Term) -> Tensor | float:
     """``g s``: a float, or with a gate a tensor of the gate's shape."""
     return term.scaling if term.gate is None else term.gate * term.scaling
