@@ -188,6 +188,7 @@ def test_broken_tensors_are_errors(lora, change, code, names):
         ({"exclude_modules": ["model.layers.0.mlp.down_proj"]}, "target"),
         ({"layers_to_transform": [0]}, "target"),
         ({"use_dora": True}, "parts"),
+        ({"init_lora_weights": "pissa_niter_4"}, "altered-base"),
     ],
 )
 def test_a_configuration_that_contradicts_the_tensors_is_an_error(lora, config, code):
@@ -201,7 +202,6 @@ def test_a_configuration_that_contradicts_the_tensors_is_an_error(lora, config, 
         ({"target_modules": [*TARGETS, "v_porj"]}, "target"),
         ({"alpha_pattern": {"o_proj": 3}}, "pattern"),
         ({"modules_to_save": ["score"]}, "modules-to-save"),
-        ({"init_lora_weights": "pissa_niter_4"}, "altered-base"),
     ],
 )
 def test_what_may_be_a_mistake_is_a_warning(lora, config, code):

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from loraloom import LoomConfig
-from loraloom.adapter import stored as adapter_module
-from loraloom.adapter.stored import as_matrix, as_weight, base_key, open_adapter, stored_transposed
+from loraloom.adapter import base as base_module
+from loraloom.adapter.base import as_matrix, as_weight, base_key, stored_transposed
+from loraloom.adapter.open import open_adapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import open_checkpoint
-from loraloom.update.update import Update
 
 LINEAR = ["q_proj", "down_proj", "embed_tokens"]
 CONFIGS = {
@@ -56,13 +56,14 @@ def test_the_update_is_the_one_that_peft_computes(pico_llama_dir, tmp_path, conf
     layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
     assert set(stored.modules) == set(layers)
     for name, layer in layers.items():
-        delta = Update(stored.terms(name)).delta()
-        assert tuple(delta.shape) == (*stored.terms(name)[0].B.shape[:1], *stored.terms(name)[0].A.shape[1:])
+        module = stored.modules[name]
+        delta = module.update().delta()
+        assert tuple(delta.shape) == module.shape
         shape = base.shape(base_key(name, base))
         transposed = stored_transposed(name, delta.shape, shape, {}, stored.config)
         torch.testing.assert_close(as_weight(delta, shape, transposed), layer.get_delta_weight("default"))
         assert torch.equal(as_matrix(as_weight(delta, shape, transposed), transposed), delta)
-        assert stored.rank(name) == layer.r["default"]
+        assert module.rank == layer.r["default"]
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -74,17 +75,17 @@ def test_convolutions_and_magnitudes(tmp_path, make, use_dora):
     stored = open_adapter(tmp_path)
     for name in ("0", "2"):
         layer, weight = model.base_model.model.get_submodule(name), net.get_submodule(name).weight
-        delta = Update(stored.terms(name)).delta()
+        delta = stored.modules[name].update().delta()
         transposed = stored_transposed(name, delta.shape, weight.shape, {}, stored.config)
         if use_dora:
             W = as_matrix(weight.detach(), transposed) + delta
-            adapted = (stored.magnitude(name) / W.norm(dim=1))[:, None] * W
+            adapted = (stored.modules[name].magnitude() / W.norm(dim=1))[:, None] * W
             model.merge_adapter()
             torch.testing.assert_close(as_weight(adapted, weight.shape, transposed), weight.detach())
             model.unmerge_adapter()
         else:
             torch.testing.assert_close(as_weight(delta, weight.shape, transposed), layer.get_delta_weight("default"))
-            assert stored.magnitude(name) is None
+            assert stored.modules[name].magnitude() is None
 
 
 # PEFT takes the bias of lora_B for a factor that was not gathered.
@@ -98,7 +99,7 @@ def test_lora_bias_and_other_tensors(pico_llama_dir, tmp_path):
     stored = open_adapter(tmp_path)
     layer = model.base_model.model.model.layers[1].self_attn.q_proj
     torch.testing.assert_close(
-        stored.lora_bias("model.layers.1.self_attn.q_proj"), 3 * layer.lora_B["default"].bias.detach()
+        stored.modules["model.layers.1.self_attn.q_proj"].bias(), 3 * layer.lora_B["default"].bias.detach()
     )
     assert stored.others == ["base_model.model.lm_head.weight"]
     assert len(stored.sha256) == 64
@@ -114,7 +115,7 @@ def test_square_conv1d_is_known_for_what_it_is(tmp_path, make, fan_in_fan_out):
     stored.config["fan_in_fan_out"] = fan_in_fan_out  # PEFT leaves what the last layer set
     layer = model.base_model.model.transformer.h[0].attn.c_proj
     name = "transformer.h.0.attn.c_proj"
-    delta = Update(stored.terms(name)).delta()
+    delta = stored.modules[name].update().delta()
     assert stored_transposed(name, delta.shape, (16, 16), {"model_type": "gpt2"}, stored.config)
     torch.testing.assert_close(delta.T, layer.get_delta_weight("default"))
 
@@ -132,9 +133,9 @@ def test_every_model_with_conv1d_is_known():
             names |= set(re.findall(r"self\.(\w+) = Conv1D\(", text))
             configuration = "".join(f.read_text() for f in file.parent.glob("configuration_*.py"))
             types = set(re.findall(r'model_type = "([^"]+)"', configuration))
-            assert types & adapter_module.CONV1D_MODELS, f"{file.name} uses Conv1D"
+            assert types & base_module.CONV1D_MODELS, f"{file.name} uses Conv1D"
     assert names
-    assert names <= adapter_module._CONV1D_NAMES
+    assert names <= base_module._CONV1D_NAMES
 
 
 def test_a_base_saved_with_or_without_its_prefix(tmp_path):
@@ -158,6 +159,13 @@ def test_an_adapter_of_another_base_is_an_error():
         stored_transposed("q", (4, 3), (5, 3), {}, {})
 
 
+def refused(folder, code):
+    with pytest.raises(InputError) as error:
+        open_adapter(folder)
+    assert error.value.code == code, error.value
+    assert "\n" not in str(error.value)
+
+
 def broken(folder, **changes):
     config = json.loads((folder / "adapter_config.json").read_text()) | changes
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -172,33 +180,27 @@ def test_what_cannot_be_read_is_one_line(pico_llama_dir, tmp_path):
 
     other = copy("other")
     broken(other, peft_type="IA3")
-    with pytest.raises(InputError, match="type 'IA3'; expected one of LORA, LOOM"):
-        open_adapter(other)
+    refused(other, "peft-type")
     parameters = copy("parameters")
     broken(parameters, target_parameters=["experts.gate"])
-    with pytest.raises(InputError, match="target_parameters"):
-        open_adapter(parameters)
+    refused(parameters, "other-function")
     pickled = copy("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"adapter_model\.bin, a pickle"):
-        open_adapter(pickled)
+    refused(pickled, "pickle")
     empty = copy("empty")
     (empty / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"no adapter_model\.safetensors"):
-        open_adapter(empty)
+    refused(empty, "no-weights")
     (empty / "adapter_config.json").unlink()
-    with pytest.raises(InputError, match=r"no adapter_config\.json"):
-        open_adapter(empty)
+    refused(empty, "no-config")
     shutil.copytree(whole, empty / "squad")
     with pytest.raises(InputError, match=r"no adapter_config\.json; its subfolder squad has"):
         open_adapter(empty)
     half = copy("half")
     tensors = load_file(half / "adapter_model.safetensors")
     save_file({k: v for k, v in tensors.items() if "lora_B" not in k}, half / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"q_proj has no B"):
-        open_adapter(half)
+    refused(half, "missing-tensor")
 
 
 def test_reading_imports_neither_peft_nor_transformers():
-    code = "import sys, loraloom.adapter.stored; print([m for m in ('peft', 'transformers') if m in sys.modules])"
+    code = "import sys, loraloom.adapter.open; print([m for m in ('peft', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -111,7 +111,7 @@ def test_a_sweep_of_a_run_evaluates_it(pico_bert_dir, tmp_path, capsys):
         (["ADAPTER", "--base", "BASE", "--sweep", "0.5", "--out", "x"], "choose one"),
         (["ADAPTER", "--push", "me/it"], "--push uploads what --out writes"),
         (["ADAPTER", "--base", "BASE", "--epsilon", "2"], "epsilon=2.0 must lie in (0, 1)"),
-        (["ADAPTER", "--base", "ADAPTER"], "no weight of"),
+        (["ADAPTER", "--base", "ADAPTER"], "not in the base model"),
         (["ADAPTER", "--scal", "1"], "unknown option '--scal'; did you mean '--scale'?"),
     ],
 )

@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loraloom import compose
-from loraloom.adapter.stored import open_adapter
+from loraloom.adapter.open import open_adapter
 from loraloom.composition import learned_weights
 from loraloom.io.checkpoint import read_json
-from loraloom.update.terms import fold
 from tests.composition.support import LINEARS, LOGITS, WEIGHTS, base, ids, set_logits, summed
 from tests.tuner.support import assert_near
 
@@ -86,9 +85,9 @@ def test_tools_that_read_files_see_the_weighted_sum(members, tmp_path):
     assert not stored.others
     for module in stored.modules:
         layer = model.get_base_model().get_submodule(module)
-        A, B = fold(stored.terms(module))
+        A, B = stored.modules[module].factors()
         assert_near(layer.as_weight(B @ A), layer.get_delta_weight("composition"))
-        bias, expected = stored.lora_bias(module), layer.bias_delta("composition")
+        bias, expected = stored.modules[module].bias(), layer.bias_delta("composition")
         assert (bias is None) == (expected is None)
         if bias is not None:
             assert torch.equal(bias, expected)

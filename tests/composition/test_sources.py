@@ -53,7 +53,7 @@ def test_missing_and_broken_files(tmp_path, members):
         (LoomConfig(target_modules=LINEARS, use_dora=True), "DoRA.*save_as_lora"),
         (LoraConfig(target_modules=LINEARS, bias="lora_only"), "bias='lora_only'"),
         (LoraConfig(target_modules=["plain"], trainable_token_indices={"embed": [1]}), "trainable_token_indices"),
-        (LoraConfig(target_modules=LINEARS, init_lora_weights="pissa"), "'pissa', which changes the base weights"),
+        (LoraConfig(target_modules=LINEARS, init_lora_weights="pissa"), "'pissa', which also changed the base weights"),
     ],
     ids=["ia3", "dora", "loom dora", "bias", "tokens", "pissa"],
 )

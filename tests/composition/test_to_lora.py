@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from loraloom import LoomConfig, compose
 from loraloom.composition import to_lora
-from loraloom.composition.to_lora import svd_of_product
 from loraloom.errors import InputError
 from tests.composition.support import LINEARS, MEMBERS, WEIGHTS, base, ids, lora, set_logits
 from tests.tuner.support import assert_near, randomise
@@ -92,8 +91,8 @@ def test_the_truncation_error_is_the_dense_one(members, tmp_path):
     set_logits(model)
     dense = deltas(model)
     for rank in (1, 2, 3):
-        report = to_lora(model, rank=rank, save_to=tmp_path)
-        truncated = stock(tmp_path)
+        report = to_lora(model, rank=rank, save_to=tmp_path / str(rank))
+        truncated = stock(tmp_path / str(rank))
         squares = torch.zeros(2).double()
         for module, delta in dense.items():
             now = truncated.get_base_model().get_submodule(module).get_delta_weight("default").double()
@@ -170,21 +169,22 @@ def test_the_file_is_a_portable_lora(members, tmp_path):
     assert state["base_model.model.plain.lora_B.weight"].shape == (7, 7)
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 7), (6, 5, 4), (3, 3, 8)], ids=["low", "above full", "square"])
-def test_svd_of_a_product_is_that_of_the_dense_matrix(shape):
-    r, inputs, outputs = shape
-    A, B = torch.randn(r, inputs).double(), torch.randn(outputs, r).double()
-    U, S, V = svd_of_product(A, B)
-    torch.testing.assert_close((U * S) @ V.T, B @ A)
-    dense = torch.linalg.svdvals(B @ A)[: len(S)]
-    torch.testing.assert_close(S[: len(dense)], dense)
-    assert U.shape == (outputs, len(S))
+def test_a_folder_that_holds_something_is_left_alone(members, tmp_path):
+    before = {path.name: path.read_bytes() for path in members["squad"].iterdir()}
+    model = compose(base(), {"squad": members["squad"]})
+    with pytest.raises(InputError) as error:
+        to_lora(model, save_to=members["squad"])
+    assert error.value.code == "not-empty"
+    assert {path.name: path.read_bytes() for path in members["squad"].iterdir()} == before
+    to_lora(model, save_to=tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").is_file()
+    to_lora(model, save_to=tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter_name": "other"}, "no adapter 'other'.*composition"),
+        ({"adapter": "other"}, "'other'.*composition"),
         ({"rank": 0}, "rank=0"),
         ({"rank": 2, "energy": 0.9}, "give one of them"),
         ({"energy": 1.5}, "energy=1.5"),

@@ -9,7 +9,7 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loraloom.adapter.live import adapted_layers
+from loraloom.adapter.live import LiveAdapter
 from loraloom.intruders.live import find_intruders, reduce_intruders
 from tests.intruders.support import base, cosines, mitigated, update
 from tests.tuner.support import Toy, nf4_linear, randomise
@@ -37,7 +37,7 @@ def trained(model=None, targets=("square", "tall", "wide"), strength=1.5, **kwar
                 weight.copy_(base(*weight.shape[:2]).reshape(weight.shape))
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(targets), **kwargs)
     model = get_peft_model(model, config)
-    for layer in adapted_layers(model, "default"):
+    for layer in LiveAdapter(model, "default").modules.values():
         if isinstance(layer.layer.get_base_layer(), nn.Linear):
             A, B = update(layer.weight(), strength=strength)
             layer.layer.lora_A["default"].weight.data.copy_(A)
@@ -78,7 +78,7 @@ def test_the_rank_of_the_adapter_loses_much_of_the_mitigation_and_an_exact_one_n
     model = trained()
     theirs, _ = of_peft(model, mitigation_lambda=0.75)
     report = reduce_intruders(model, new_adapter="new", scale=0.75, scope="all")
-    for layer in adapted_layers(model, "default"):
+    for layer in LiveAdapter(model, "default").modules.values():
         target, count = mitigated(layer.weight(), layer.adapted_weight().double(), 0.75, "all")
         wanted = target - layer.adapted_weight().double()
         got = delta(model, layer.name, "new").double() - delta(model, layer.name, "default").double()
@@ -103,7 +103,7 @@ def conv1d(inputs, outputs):
     with torch.no_grad():
         model.target.weight.copy_(base(inputs, outputs))
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["target"], fan_in_fan_out=True))
-    layer = next(iter(adapted_layers(model, "default")))
+    layer = next(iter(LiveAdapter(model, "default").modules.values()))
     A, B = update(layer.weight())
     layer.layer.lora_A["default"].weight.data.copy_(A)
     layer.layer.lora_B["default"].weight.data.copy_(B / 2)
@@ -112,7 +112,7 @@ def conv1d(inputs, outputs):
 
 def test_a_square_conv1d_is_not_taken_for_its_transpose():
     model = conv1d(48, 48)
-    layer = next(iter(adapted_layers(model, "default")))
+    layer = next(iter(LiveAdapter(model, "default").modules.values()))
     target, count = mitigated(layer.weight(), layer.adapted_weight().double(), 0.5, "all")
     theirs, _ = of_peft(model, mitigation_lambda=0.5)
     reduce_intruders(model, new_adapter="new", scale=0.5, scope="all")
@@ -151,12 +151,12 @@ def test_layers_on_which_peft_fails(make, x):
     if not hasattr(model, "peft_config"):
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["target"]))
         randomise(model)
-    layer = next(iter(adapted_layers(model, "default")))
+    layer = next(iter(LiveAdapter(model, "default").modules.values()))
     with pytest.raises((RuntimeError, UserWarning)):  # the warning is torch's, about x.T of a kernel
         of_peft(model, threshold_epsilon=0.9)[0](x)
     target, count = mitigated(layer.weight(), layer.adapted_weight().double(), 0.5, "all", epsilon=0.9)
     reduce_intruders(model, new_adapter="new", scale=0.5, scope="all", epsilon=0.9)
-    new = next(iter(adapted_layers(model, "new")))
+    new = next(iter(LiveAdapter(model, "new").modules.values()))
     assert count > 0
     assert float((new.adapted_weight() - target).norm() / target.norm()) < 1e-5
 
@@ -217,7 +217,7 @@ def test_a_report_and_nothing_printed(capsys):
     report = find_intruders(model)
     reduce_intruders(model, new_adapter="new")
     assert capsys.readouterr().out == ""
-    for layer, found in zip(adapted_layers(model, "default"), report.layers, strict=True):
+    for layer, found in zip(LiveAdapter(model, "default").modules.values(), report.layers, strict=True):
         clear = cosines(layer.weight(), layer.adapted_weight())
         assert found.intruders == (clear < 0.5).nonzero()[:, 0].tolist()
         assert found.cosines == pytest.approx(clear.tolist(), abs=1e-3)

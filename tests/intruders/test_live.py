@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from loraloom.adapter.live import adapted_layers
+from loraloom.adapter.live import LiveAdapter
 from loraloom.intruders.live import (
     find_intruders,
     merge_and_unload_with_reduced_intruders,
@@ -51,12 +51,12 @@ def lora_adapted(kind, seed=2, **kwargs):
 
 def weight_of(model, adapter="default", name=None):
     """W' of the only adapted layer."""
-    return next(iter(adapted_layers(model, adapter))).adapted_weight()
+    return next(iter(LiveAdapter(model, adapter).modules.values())).adapted_weight()
 
 
 def expected(model, scale, scope):
     """The base weight and the mitigated one, dense, in float64."""
-    layer = next(iter(adapted_layers(model, "default")))
+    layer = next(iter(LiveAdapter(model, "default").modules.values()))
     W, changed = layer.weight().double(), layer.adapted_weight().double()
     U0, S0, _ = torch.linalg.svd(W, full_matrices=False)
     U, S, Vh = torch.linalg.svd(changed, full_matrices=False)
@@ -185,7 +185,7 @@ def test_a_chosen_rank_and_its_error(make, rank):
     model = make()
     W, target = expected(model, 0.5, "all")
     report = reduce_intruders(model, new_adapter="new", scale=0.5, scope="all", rank=rank, **OPTIONS)
-    layer = next(iter(adapted_layers(model, "new")))
+    layer = next(iter(LiveAdapter(model, "new").modules.values()))
     assert layer.rank == {"keep": 4}.get(rank, rank)
     if layer.magnitude() is None:
         difference = (layer.adapted_weight().double() - target).norm() / (target - W).norm()
@@ -291,7 +291,7 @@ def test_finding_changes_nothing():
 
 def test_wrong_arguments_are_named():
     model = adapted(PARTS[-1], "linear")
-    with pytest.raises(ValueError, match="adapter='other'"):
+    with pytest.raises(ValueError, match="adapter 'other'"):
         find_intruders(model, "other")
     with pytest.raises(ValueError, match="'default' exists"):
         reduce_intruders(model, new_adapter="default")

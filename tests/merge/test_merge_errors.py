@@ -90,11 +90,10 @@ def test_an_adapter_with_infinity(pico_llama_dir, adapter, tmp_path):
 
     edited(adapter, broken)
     refused(
-        r"q_proj\.weight: merging .*adapter gives NaN or inf",
+        r"q_proj of .*adapter: B holds NaN or inf",
         [adapter],
         pico_llama_dir,
         tmp_path / "out",
-        RunFailedError,
     )
 
 

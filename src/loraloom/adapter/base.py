@@ -1,17 +1,23 @@
-"""The weights of a base model that an adapter refers to, and what the adapter adds to them."""
+"""The weights of a base model that an adapter refers to: which tensor a module's weight is, and which way it lies."""
 
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from loraloom.adapter.stored import CONV1D_MODELS, StoredAdapter, as_matrix, base_keys, stored_transposed
 from loraloom.errors import InputError
-from loraloom.io.checkpoint import locate, open_checkpoint, read_json
-from loraloom.update.update import Update
+from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
+
+if TYPE_CHECKING:
+    from loraloom.adapter.stored import StoredAdapter
 
 _EMBEDDING = re.compile(r".*embed\w*|wte|wpe")
+# transformers' Conv1D stores (in, out). A square one looks like a Linear on disk, so these are known by name.
+CONV1D_MODELS = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
+_CONV1D_NAMES = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 
 
 class BaseWeights:
@@ -22,7 +28,7 @@ class BaseWeights:
         checkpoint: the base's tensors.
     """
 
-    def __init__(self, path_or_id: str | Path, adapter: StoredAdapter) -> None:
+    def __init__(self, path_or_id: str | Path, adapter: "StoredAdapter") -> None:
         folder = locate(path_or_id)
         self.checkpoint = open_checkpoint(folder)
         config = folder / "config.json"
@@ -36,18 +42,17 @@ class BaseWeights:
         Raises:
             InputError: its shape is not that of the update, or it is quantised.
         """
-        key = self.keys[module]
-        assert key is not None
+        key = self._key(module)
         shape, dtype = self.checkpoint.shape(key), self.checkpoint.dtype(key)
         if not dtype.is_floating_point or dtype.itemsize == 1:  # float8 has scales of its own
-            raise InputError(f"{module} is stored as {dtype} in the base, quantised: give the original base model")
-        return stored_transposed(module, self._adapter.shape(module), shape, self._config, self._adapter.config)
+            raise InputError(
+                f"{module} is stored as {dtype} in the base, quantised: give the original base model", code="quantized"
+            )
+        return stored_transposed(module, self._adapter.modules[module].shape, shape, self._config, self._adapter.config)
 
     def matrix(self, module: str) -> Tensor:
         """The module's weight as W (out, in), in its stored dtype."""
-        key = self.keys[module]
-        assert key is not None
-        return as_matrix(self.checkpoint.tensor(key), self.transposed(module))
+        return as_matrix(self.checkpoint.tensor(self._key(module)), self.transposed(module))
 
     def is_embedding(self, module: str) -> bool:
         """Whether the module is a table of vectors: stored as W^T, and no Conv1D."""
@@ -55,12 +60,82 @@ class BaseWeights:
             return looks_like_embedding(module)
         return self.keys[module] is not None and self.transposed(module)
 
+    def _key(self, module: str) -> str:
+        key = self.keys[module]
+        if key is None:
+            raise InputError(
+                f"{self.checkpoint.path} has no weight of {module}: expected the base model of {self._adapter.where}",
+                code="unresolved",
+            )
+        return key
+
 
 def looks_like_embedding(module: str) -> bool:
     """Whether the module is a table of vectors, by its name, where nothing else tells."""
     return _EMBEDDING.fullmatch(module.rpartition(".")[2]) is not None
 
 
-def weight_update(adapter: StoredAdapter, module: str, W: Tensor) -> Tensor:
-    """What merging adds to W (out, in): ``D``, or with DoRA ``m (W + D) / rownorm(W + D) - W``, in at least float32."""
-    return Update(adapter.terms(module), adapter.magnitude(module)).change(W)
+def base_key(module: str, base: Checkpoint, kind: str = "weight") -> str | None:
+    """The name of an adapted module's weight in a base checkpoint, or None.
+
+    The same network is saved with and without the name of its body in front (``model.``, ``bert.``, ``transformer.``),
+    and a head may be new, so one name may be an ending of the other; it must be the only one.
+    """
+    return base_keys([module], base, kind)[module]
+
+
+def base_keys(modules: Iterable[str], base: Checkpoint, kind: str = "weight") -> dict[str, str | None]:
+    """:func:`base_key` for many modules, in one pass over the checkpoint."""
+    keys = [key for key in base if key.endswith(f".{kind}")]
+    exact = set(keys)
+    # A checkpoint's name without its first component, for a base saved inside another model.
+    shorter: dict[str, list[str]] = {}
+    for key in keys:
+        shorter.setdefault(key.partition(".")[2], []).append(key)
+    found: dict[str, str | None] = {}
+    for module in modules:
+        name = f"{module}.{kind}"
+        candidates = [name] if name in exact else shorter.get(name, [])
+        tail = name.partition(".")[2]
+        if not candidates and tail in exact:
+            candidates = [tail]
+        found[module] = candidates[0] if len(candidates) == 1 else None
+    return found
+
+
+def stored_transposed(module: str, update: tuple[int, int], weight: tuple[int, ...], base: dict, adapter: dict) -> bool:
+    """Whether a base weight is stored as W^T: tables of embeddings, and transformers' Conv1D.
+
+    Args:
+        module: the adapted module's name.
+        update: (out, in) of the adapter's update.
+        weight: shape of the stored weight.
+        base: the base model's config.json, {} when there is none.
+        adapter: adapter_config.json.
+
+    Raises:
+        InputError: the shapes fit neither way.
+    """
+    flat = (weight[0], math.prod(weight[1:])) if weight else (0, 0)
+    fits, fits_transposed = flat == update, len(weight) == 2 and flat[::-1] == update
+    if fits and fits_transposed:
+        if base.get("model_type") in CONV1D_MODELS:
+            return module.rpartition(".")[2] in _CONV1D_NAMES
+        return bool(adapter.get("fan_in_fan_out"))
+    if not (fits or fits_transposed):
+        raise InputError(
+            f"{module}: the update is {update[0]} x {update[1]}, the base weight {'x'.join(map(str, weight))}; "
+            "the adapter belongs to another base model",
+            code="other-base",
+        )
+    return fits_transposed
+
+
+def as_matrix(weight: Tensor, transposed: bool) -> Tensor:
+    """A stored weight as W (out, in)."""
+    return weight.T if transposed else weight.flatten(1)
+
+
+def as_weight(matrix: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """The inverse of :func:`as_matrix`."""
+    return matrix.T if transposed else matrix.reshape(shape)

@@ -1,5 +1,6 @@
 """What is wrong with an adapter's files, before any number is computed: names, shapes, and config against tensors."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -7,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.adapter.base import BaseWeights
-from loraloom.adapter.serving import features, kind_of_other
-from loraloom.adapter.stored import StoredAdapter, pattern_value
+from loraloom.adapter.peft_features import changed_base
+from loraloom.adapter.serving import kind_of_other
+from loraloom.adapter.stored import PREFIX, StoredAdapter, StoredModule, for_training_only, matches, pattern_value
 from loraloom.errors import InputError
 from loraloom.text import did_you_mean
 
-_PREFIX = "base_model.model."
 # Names that wrappers leave in a state dict when the wrapped model is saved.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "base_layer")
 
@@ -38,27 +39,25 @@ def name_findings(adapter: StoredAdapter) -> list[Finding]:
     """Tensors that PEFT would drop without a word, and two that mean the same thing."""
     found = []
     keys = set(adapter.checkpoint)
-    used = {key for module in adapter.modules for key in adapter.parts(module).values()}
+    used = {key for module in adapter.modules.values() for key in module.tensors.values()}
     factors = [key for key in adapter.others if re.search(r"lora_|loom_", key)]
     if factors:
         found.append(
             _error("unknown-tensor", "are factors whose name no loader knows; save the adapter again", factors)
         )
-    unprefixed = [key for key in adapter.checkpoint if not key.startswith(_PREFIX)]
+    unprefixed = [key for key in adapter.checkpoint if not key.startswith(PREFIX)]
     if unprefixed:
-        found.append(_error("unknown-tensor", f"do not start with {_PREFIX}, so PEFT drops them silently", unprefixed))
+        found.append(_error("unknown-tensor", f"do not start with {PREFIX}, so PEFT drops them silently", unprefixed))
     wrapped = [m for m in adapter.modules if any(part in _WRAPPERS for part in m.split("."))]
     if wrapped:
         why = "carry the name of a wrapper, so they match no module; save the unwrapped model"
         found.append(_error("unresolved", why, wrapped))
-    twice = sorted(keys - used - {*adapter.others})
+    training = set(filter(for_training_only, keys))
+    twice = sorted(keys - used - training - {*adapter.others})
     if twice:
         found.append(_error("duplicate", "say again what another tensor says; remove one of each", twice))
-    misshapen = []
-    for module in adapter.modules:
-        shapes = [adapter.checkpoint.shape(adapter.parts(module)[part]) for part in ("A", "B")]
-        if any(len(shape) < 2 or 0 in shape for shape in shapes) or shapes[0][0] != shapes[1][1]:
-            misshapen.append(f"{module} (A {_size(shapes[0])}, B {_size(shapes[1])})")
+    shapes = {name: _misshapen(module) for name, module in adapter.modules.items()}
+    misshapen = [f"{name} ({sizes})" for name, sizes in shapes.items() if sizes]
     if misshapen:
         found.append(_error("shape", "have factors that do not fit together; were shards gathered?", misshapen))
     return found
@@ -90,17 +89,20 @@ def base_findings(adapter: StoredAdapter, base: BaseWeights) -> list[Finding]:
 def config_findings(adapter: StoredAdapter) -> list[Finding]:
     """Where adapter_config.json says one thing and the tensors another."""
     config, found = adapter.config, []
-    ranks = {m: pattern_value(config.get("rank_pattern"), m, config.get("r", 8)) for m in adapter.modules}
     # A composition's own record says the ranks.
-    wrong = [] if config.get("composition") else [m for m, r in ranks.items() if r != adapter.rank(m)]
+    modules = {} if config.get("composition") else adapter.modules
+    wrong = [name for name, module in modules.items() if module.config_rank != module.rank]
     if wrong:
-        example = f"{wrong[0]} has rank {adapter.rank(wrong[0])}, the configuration says {ranks[wrong[0]]}"
+        first = adapter.modules[wrong[0]]
+        example = f"{wrong[0]} has rank {first.rank}, the configuration says {first.config_rank}"
         found.append(_error("rank", f"have another rank, so loading fails or the scale is wrong: {example}", wrong))
     for name in ("rank_pattern", "alpha_pattern"):
         stale = [k for k in config.get(name) or {} if not any(pattern_value({k: 1}, m, 0) for m in adapter.modules)]
         if stale:
             found.append(_warning("pattern", f"of {name} match no adapted module", stale))
-    unreached = [module for module in adapter.modules if not _is_target(config, module)]
+    # With ensure_weight_tying PEFT also adapts the tied twin of a target.
+    tied = bool(config.get("ensure_weight_tying"))
+    unreached = [module for module in adapter.modules if not tied and not _is_target(config, module)]
     if unreached:
         why = "have tensors, but target_modules, exclude_modules or layers_to_transform leave them out: PEFT drops them"
         found.append(_error("target", why, unreached))
@@ -111,9 +113,8 @@ def config_findings(adapter: StoredAdapter) -> list[Finding]:
         found.append(_warning("target", "of target_modules match no adapted module", idle))
     found += _part_findings(adapter)
     found += _other_findings(adapter)
-    if "altered_base" in features(adapter):
-        why = f"init_lora_weights={config['init_lora_weights']!r} changed the base weights, which servers do not repeat"
-        found.append(Finding("warning", "altered-base", f"{why}; save with path_initial_model_for_weight_conversion"))
+    if altered := changed_base(config):
+        found.append(Finding("error", "altered-base", altered))
     return found
 
 
@@ -125,7 +126,7 @@ def _part_findings(adapter: StoredAdapter) -> list[Finding]:
     found = []
     for switch, part in switches.items():
         asked = bool(adapter.config.get(switch))
-        differ = [module for module in adapter.modules if (part in adapter.parts(module)) != asked]
+        differ = [name for name, module in adapter.modules.items() if (part in module.tensors) != asked]
         if differ:
             state = "lack" if asked else "have"
             value = adapter.config.get(switch)
@@ -136,7 +137,7 @@ def _part_findings(adapter: StoredAdapter) -> list[Finding]:
 def _other_findings(adapter: StoredAdapter) -> list[Finding]:
     config, found = adapter.config, []
     saved = list(config.get("modules_to_save") or [])
-    names = [key.removeprefix(_PREFIX) for key in adapter.others]
+    names = [key.removeprefix(PREFIX) for key in adapter.others]
     absent = [name for name in saved if not any(f".{name}." in f".{key}" for key in names)]
     if absent:
         found.append(_warning("modules-to-save", "of modules_to_save have no tensor", absent))
@@ -155,27 +156,42 @@ def _other_findings(adapter: StoredAdapter) -> list[Finding]:
 def _is_target(config: dict[str, Any], module: str) -> bool:
     """Whether PEFT would adapt the module, by its rules for names and layer indices."""
     excluded, targets, layers = (config.get(k) for k in ("exclude_modules", "target_modules", "layers_to_transform"))
-    if isinstance(excluded, str) and re.fullmatch(excluded, module):
+    if isinstance(excluded, str) and matches(excluded, module, whole=True):
         return False
     if isinstance(excluded, list) and any(_ends_with(module, name) for name in excluded):
         return False
     if targets is None or targets == "all-linear":
         return True
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return matches(targets, module, whole=True) is not None
     if not any(_ends_with(module, name) for name in targets):
         return False
     if layers is None or layers == []:
         return True
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
-    match = next((match for match in matches if match), None)
+    found = (matches(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module, pattern) for pattern in patterns)
+    match = next((match for match in found if match), None)
     return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
+
+
+def _misshapen(module: StoredModule) -> str | None:
+    """Which shapes do not fit those of A (r, in, ...) and B (out, r, ...), or None."""
+    shapes = module.shapes()
+    A, B = shapes["A"], shapes["B"]
+    if any(len(shape) < 2 or 0 in shape for shape in (A, B)) or A[0] != B[1]:
+        return f"A {_size(A)}, B {_size(B)}"
+    entries = {"magnitude": B[0], "bias": B[0], "gate": 1}
+    wanted = {"mixer": (A[0], A[0]), "anchor_A": A, "anchor_B": B}
+    for part, shape in shapes.items():
+        fits = shape == wanted[part] if part in wanted else math.prod(shape) == entries.get(part, math.prod(shape))
+        if not fits:
+            return f"A {_size(A)}, B {_size(B)}, {part} {_size(shape)}"
+    return None
 
 
 def _size(shape: Iterable[int]) -> str:

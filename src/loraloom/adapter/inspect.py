@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from loraloom.adapter.base import BaseWeights, weight_update
+from loraloom.adapter.base import BaseWeights
 from loraloom.adapter.findings import Finding, base_findings, config_findings, counted, name_findings
 from loraloom.adapter.serving import Verdict, serving_table
-from loraloom.adapter.stored import StoredAdapter, open_adapter
+from loraloom.adapter.stored import StoredAdapter, StoredModule, read_adapter
+from loraloom.errors import InputError
 from loraloom.update.lowrank import effective_rank, factored_svd, stable_rank
-from loraloom.update.terms import fold
 
 # Part of the update -> the name under which the method was published.
 _METHODS = {
@@ -123,16 +123,21 @@ def inspect_adapter(
     Raises:
         InputError: a file is missing or broken.
     """
-    adapter = open_adapter(path)
-    weights = None if base is None else BaseWeights(base, adapter)
+    adapter = read_adapter(path)
+    weights = adapter.base = None if base is None else BaseWeights(base, adapter)
     findings = name_findings(adapter)
     misshapen = _named(findings)
     in_base = [] if weights is None else base_findings(adapter, weights)
     foreign = _named(in_base)
     findings += config_findings(adapter) + in_base
     layers = [
-        _layer(adapter, module, None if module in foreign else weights, misshapen=module in misshapen)
-        for module in watch(adapter.modules)
+        _layer(
+            adapter,
+            adapter.modules[name],
+            has_base=weights is not None and name not in foreign,
+            misshapen=name in misshapen,
+        )
+        for name in watch(list(adapter.modules))
     ]
     findings += _number_findings(adapter, layers, has_base=weights is not None)
     checkpoint = adapter.checkpoint
@@ -160,32 +165,33 @@ def _named(findings: list[Finding]) -> set[str]:
 
 
 @torch.no_grad()
-def _layer(adapter: StoredAdapter, module: str, base: BaseWeights | None, misshapen: bool) -> LayerReport:
-    parts = adapter.parts(module)
+def _layer(adapter: StoredAdapter, module: StoredModule, has_base: bool, misshapen: bool) -> LayerReport:
+    shapes = module.shapes()
     common: dict[str, Any] = {
-        "module": module,
-        "shape": adapter.shape(module),
-        "rank": adapter.rank(module),
-        "scaling": adapter.scaling(module),
-        "parts": list(parts),
-        "parameters": sum(_count(adapter.checkpoint.shape(key)) for key in parts.values()),
+        "module": module.name,
+        "shape": module.shape,
+        "rank": module.rank,
+        "scaling": module.scaling,
+        "parts": list(shapes),
+        "parameters": sum(map(_count, shapes.values())),
     }
     if misshapen:
         return LayerReport(**common)
-    tensors = {part: adapter.checkpoint.tensor(key) for part, key in parts.items()}
-    gate = tensors["gate"].item() if "gate" in tensors else None
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+    parts = module.unchecked_parts()
+    gate = parts["gate"].item() if "gate" in parts else None
+    try:
+        module.parts()
+    except InputError:
         return LayerReport(**common, gate=gate, finite=False)
-    A, B = fold(adapter.terms(module))
-    _, S, _ = factored_svd(A, B)
+    S = factored_svd(*module.factors())[1]
     zero = None
     if not S.any():
-        parts_of_zero = [part for part in ("gate", "B", "A", "mixer") if part in tensors and not tensors[part].any()]
+        parts_of_zero = [part for part in ("gate", "B", "A", "mixer") if part in parts and not parts[part].any()]
         zero = f"{parts_of_zero[0] if parts_of_zero else 'the product'} is zero"
     relative = None
-    if base is not None and base.keys[module] is not None:
-        W = base.matrix(module)
-        norm = S.norm() if "magnitude" not in tensors else weight_update(adapter, module, W).norm()
+    if has_base and adapter.base is not None and adapter.base.keys[module.name] is not None:
+        W = module.weight()
+        norm = S.norm() if "magnitude" not in parts else module.update().change(W).norm()
         length = torch.linalg.vector_norm(W, dtype=torch.float32)
         relative = float(norm / length) if length else None
     return LayerReport(
@@ -203,12 +209,10 @@ def _number_findings(adapter: StoredAdapter, layers: list[LayerReport], has_base
     found = []
     broken = [layer.module for layer in layers if not layer.finite]
     broken += [
-        key
-        for key, tensor in adapter.checkpoint.tensors(adapter.others)
-        if tensor.is_floating_point() and not tensor.isfinite().all()
+        key for key, tensor in adapter.other_tensors() if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
     if broken:
-        found.append(Finding("error", "not-finite", f"{counted(broken)} hold NaN or infinity", broken))
+        found.append(Finding("error", "not-finite", f"{counted(broken)} hold NaN or infinity, or overflow", broken))
     zero = [layer.module for layer in layers if layer.zero is not None]
     dora = any("magnitude" in layer.parts for layer in layers)
     unchanged = [layer for layer in layers if layer.zero and not (dora and _turns(layer))]
@@ -237,7 +241,7 @@ def _turns(layer: LayerReport) -> bool:
 
 
 def _method(adapter: StoredAdapter) -> str:
-    present = {part for module in adapter.modules for part in adapter.parts(module)}
+    present = {part for module in adapter.modules.values() for part in module.tensors}
     names = [name for part, name in _METHODS.items() if part in present] or ["LoRA"]
     if adapter.config.get("use_rslora"):
         names.append("rsLoRA's scale")

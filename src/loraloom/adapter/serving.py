@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from loraloom.adapter.base import BaseWeights, looks_like_embedding
-from loraloom.adapter.stored import StoredAdapter, open_adapter
+from loraloom.adapter.peft_features import changed_base
+from loraloom.adapter.protocol import Adapter
+from loraloom.adapter.stored import read_adapter
 
 _WAYS = {
     "export": "`export`, exact",
@@ -42,7 +43,7 @@ def serving_data() -> Mapping[str, Any]:
     return yaml.safe_load((Path(__file__).parent / "serving.yaml").read_text(encoding="utf-8"))
 
 
-def features(adapter: StoredAdapter, base: BaseWeights | None = None) -> dict[str, str]:
+def features(adapter: Adapter) -> dict[str, str]:
     """The features that the rules of serving.yaml are about -> what the adapter has of it, for a message."""
     config = adapter.config
     found: dict[str, str] = {}
@@ -50,28 +51,29 @@ def features(adapter: StoredAdapter, base: BaseWeights | None = None) -> dict[st
         found["loom"] = f"peft_type is {adapter.kind}"
     if config.get("use_rslora"):
         found["use_rslora"] = "use_rslora is true"
-    ranks = {adapter.rank(module) for module in adapter.modules}
+    modules = adapter.modules.values()
+    ranks = {module.rank for module in modules}
     if ranks - {config.get("r")}:
         found["rank_pattern"] = f"ranks are {', '.join(map(str, sorted(ranks)))}, r is {config.get('r')}"
     if config.get("alpha_pattern"):
         found["alpha_pattern"] = f"alpha_pattern has {len(config['alpha_pattern'])} entries"
-    if any("magnitude" in adapter.parts(module) for module in adapter.modules):
+    if any("magnitude" in module.shapes() for module in modules):
         found["use_dora"] = "has DoRA magnitudes"
-    if any({"bias", "member_bias"} & adapter.parts(module).keys() for module in adapter.modules):
+    if any({"bias", "member_bias"} & module.shapes().keys() for module in modules):
         found["lora_bias"] = "adds to biases"
-    for module in adapter.modules:
-        if len(adapter.checkpoint.shape(adapter.parts(module)["A"])) > 2:
-            found.setdefault("convolution", f"{module} is a convolution")
-        elif is_embedding(adapter, module, base):
-            found.setdefault("embedding", f"{module} is an embedding")
+    for module in modules:
+        if module.kernel:
+            found.setdefault("convolution", f"{module.name} is a convolution")
+        elif module.embedding:
+            found.setdefault("embedding", f"{module.name} is an embedding")
     for key in adapter.others:
         found.setdefault(kind_of_other(adapter, key), f"holds {key.removeprefix('base_model.model.')}")
-    if init := adapter.changed_base:
-        found["altered_base"] = f"init_lora_weights is {init!r}"
+    if changed_base(config):
+        found["altered_base"] = f"init_lora_weights is {config.get('init_lora_weights')!r}"
     return found
 
 
-def kind_of_other(adapter: StoredAdapter, key: str) -> str:
+def kind_of_other(adapter: Adapter, key: str) -> str:
     """Which feature a tensor that is no part of an update belongs to: "bias", "tokens" or "modules_to_save"."""
     if "trainable_tokens_" in key or key.endswith(".base_layer.weight"):
         return "tokens"
@@ -81,20 +83,13 @@ def kind_of_other(adapter: StoredAdapter, key: str) -> str:
     return "modules_to_save"
 
 
-def is_embedding(adapter: StoredAdapter, module: str, base: BaseWeights | None = None) -> bool:
-    """Whether the adapted module is a table of vectors; of our own adapters the base tells, or else the name."""
-    if adapter.kind == "LORA":
-        return "lora_embedding_A" in adapter.parts(module)["A"]
-    return looks_like_embedding(module) if base is None else base.is_embedding(module)
-
-
 def allowed_rank(server: str, rank: int) -> int | None:
     """The smallest rank that the server is configured for and that holds `rank`; None where it is too large."""
     ranks = serving_data()["servers"][server].get("ranks")
     return rank if ranks is None else next((allowed for allowed in ranks if allowed >= rank), None)
 
 
-def serving_table(adapter: StoredAdapter, base: str | None = None) -> list[Verdict]:
+def serving_table(adapter: Adapter, base: str | None = None) -> list[Verdict]:
     """One verdict per program.
 
     Args:
@@ -107,7 +102,7 @@ def serving_table(adapter: StoredAdapter, base: str | None = None) -> list[Verdi
     said = {name: text for name, text in said.items() if adapter.config.get(name) not in (None, [], "none")}
     ways = {feature: data["ways_out"][feature] if feature in found else "export" for feature in said | found}
     found = said | found
-    rank = max((adapter.rank(module) for module in adapter.modules), default=1)
+    rank = max((module.rank for module in adapter.modules.values()), default=1)
     base = base or adapter.config.get("base_model_name_or_path") or "BASE"
     verdicts = []
     for name, server in data["servers"].items():
@@ -121,7 +116,7 @@ def serving_table(adapter: StoredAdapter, base: str | None = None) -> list[Verdi
             effects.add("rejected")
         effect = next((e for e in ("rejected", "wrong", "varies") if e in effects), "ok")
         if effect == "ok":
-            run = server["run"].format(adapter=adapter.path, base=base, rank=max_rank)
+            run = server["run"].format(adapter=adapter.where, base=base, rank=max_rank)
         else:
             run = _way_out({ways[feature] for feature in rules}, adapter, server, base, max_rank is None)
         verdicts.append(Verdict(server["name"], effect, reasons, run))
@@ -136,7 +131,7 @@ def serving_rows(folder: Path, name: str | Path | None = None) -> list[list[str]
         name: where it will be, for the commands; None: there.
     """
     rows = [["program", "", "why, or how"]]
-    for verdict in serving_table(open_adapter(folder)):
+    for verdict in serving_table(read_adapter(folder)):
         how = "; ".join(verdict.reasons) or verdict.run.replace(str(folder), str(name or folder))
         rows.append([verdict.server, verdict.effect, how])
     return rows
@@ -162,9 +157,9 @@ def serving_markdown() -> str:
     return f"{table}\n\nRead {data['read']}:\n\n{sources}"
 
 
-def _way_out(ways: set[str], adapter: StoredAdapter, server: Mapping, base: str, too_large: bool) -> str:
-    merge = f"loraloom merge {adapter.path} --base {base} --out MERGED"
-    export = f"loraloom export {adapter.path} --to {server['target']} --out EXPORTED"
+def _way_out(ways: set[str], adapter: Adapter, server: Mapping, base: str, too_large: bool) -> str:
+    merge = f"loraloom merge {adapter.where} --base {base} --out MERGED"
+    export = f"loraloom export {adapter.where} --to {server['target']} --out EXPORTED"
     if "save" in ways:
         return 'model.save_pretrained(DIR, path_initial_model_for_weight_conversion="DIR at the start of training")'
     if "merge" in ways:

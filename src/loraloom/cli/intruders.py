@@ -15,8 +15,8 @@ from loraloom.cli.options import Saving, parse, quiet_libraries, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
+    from loraloom.adapter.stored import StoredModule
     from loraloom.intruders.report import IntruderReport, SweepReport
-    from loraloom.intruders.stored import StoredLayer
 
 
 @dataclass
@@ -140,7 +140,7 @@ def _sweep(command: Intruders, scales: list[float], console: Console) -> "SweepR
 class _Watch:
     console: Console
 
-    def __call__(self, layers: "Sequence[StoredLayer]") -> "Iterable[StoredLayer]":
+    def __call__(self, layers: "Sequence[StoredModule]") -> "Iterable[StoredModule]":
         hidden = not self.console.is_terminal
         return track(layers, "Looking for intruders", console=self.console, transient=True, disable=hidden)
 

@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from loraloom.composition.sources import Source, layer_shapes, open_source, ranks_of
+from loraloom.adapter.protocol import Adapter
+from loraloom.composition.sources import layer_shapes, open_source, ranks_of
 from loraloom.errors import InputError
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.model import LoomModel
 from loraloom.update.composition import Composition
-from loraloom.update.terms import fold
 
 
 def compose(
@@ -81,7 +81,7 @@ def compose(
             for module, _ in base.named_modules()
             if module in shapes
         },
-        biased=[m for m in shapes if any(m in s.modules and s.lora_bias(m) is not None for s in sources.values())],
+        biased=[m for m in shapes if any(_biased(source, m) for source in sources.values())],
         scope=scope,
         constraint="free" if fixed else constraint,
         normalize=normalize,
@@ -133,8 +133,12 @@ def _fixed_weights(weights: str | Mapping[str, float], members: Mapping[str, Any
     return dict(weights)
 
 
-def _describe(name: str, source: Source) -> dict[str, str]:
-    return {"name": name, "source": str(source.path), "sha256": source.sha256}
+def _biased(source: Adapter, module: str) -> bool:
+    return module in source.modules and bool({"bias", "member_bias"} & source.modules[module].shapes().keys())
+
+
+def _describe(name: str, source: Adapter) -> dict[str, str]:
+    return {"name": name, "source": source.where, "sha256": source.sha256}
 
 
 def _common_task(sources: Any) -> str | None:
@@ -143,7 +147,7 @@ def _common_task(sources: Any) -> str | None:
 
 
 @torch.no_grad()
-def _fill(layer: LoomLayer, adapter_name: str, module: str, sources: list[Source], fixed: dict[str, float]) -> None:
+def _fill(layer: LoomLayer, adapter_name: str, module: str, sources: list[Adapter], fixed: dict[str, float]) -> None:
     part = layer.compositions[adapter_name]
     A, B = layer.factor("A", adapter_name), layer.factor("B", adapter_name)
     start = 0
@@ -151,10 +155,10 @@ def _fill(layer: LoomLayer, adapter_name: str, module: str, sources: list[Source
         if not rank:
             continue
         rows = slice(start, start + rank)
-        A_n, B_n = fold(source.terms(module))
+        A_n, B_n = source.modules[module].factors()
         A[rows].copy_(A_n.reshape(A[rows].shape))
         B[:, rows].copy_(B_n.reshape(B[:, rows].shape))
-        bias = source.lora_bias(module)
+        bias = source.modules[module].bias()
         if bias is not None:
             layer.factor("member_bias", adapter_name)[i].copy_(bias)
         start += rank

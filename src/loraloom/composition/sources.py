@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
-from loraloom.adapter.stored import StoredAdapter, open_adapter
+from loraloom.adapter.open import open_adapter
+from loraloom.adapter.protocol import Adapter
+from loraloom.adapter.stored import StoredAdapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import read_json
 from loraloom.text import did_you_mean
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.peft_internals import features_of
-from loraloom.update.terms import Term
 
 # Fields of a model's configuration that make it another model, under their various names.
 _ARCHITECTURE = (
@@ -25,36 +26,7 @@ _ARCHITECTURE = (
 )
 
 
-class LoadedAdapter:
-    """An adapter of the model's own as a member, with what `StoredAdapter` has of one in a folder."""
-
-    sha256 = ""
-
-    def __init__(self, model: PeftModel, name: str) -> None:
-        self.layers = {
-            module: layer
-            for module, layer in model.get_base_model().named_modules()
-            if isinstance(layer, LoomLayer) and layer.has_adapter(name)
-        }
-        self.modules = list(self.layers)
-        self.name = name
-        self.path = f"adapter {name!r} of the model"
-        self.config = {"task_type": model.peft_config[name].task_type}
-
-    def terms(self, module: str) -> list[Term]:
-        return self.layers[module].terms(self.name)
-
-    def magnitude(self, module: str) -> Tensor | None:
-        return self.layers[module].magnitude(self.name)
-
-    def lora_bias(self, module: str) -> Tensor | None:
-        return self.layers[module].bias_delta(self.name)
-
-
-Source = StoredAdapter | LoadedAdapter
-
-
-def open_source(model: nn.Module, name: str, where: str | Path) -> Source:
+def open_source(model: nn.Module, name: str, where: str | Path) -> Adapter:
     """One member, whose update is a product B A plus a bias in every module.
 
     Args:
@@ -66,18 +38,18 @@ def open_source(model: nn.Module, name: str, where: str | Path) -> Source:
         InputError: nothing there, or the adapter holds more than low-rank updates of the base model.
     """
     if isinstance(model, PeftModel) and str(where) in model.peft_config:
-        source: Source = LoadedAdapter(model, str(where))
+        source: Adapter = open_adapter((model, str(where)))
     else:
         try:
             source = open_adapter(where)
         except InputError as error:
             loaded = list(model.peft_config) if isinstance(model, PeftModel) else []
-            raise InputError(f"member {name!r}: {error}{did_you_mean(str(where), loaded)}") from None
+            raise InputError(f"member {name!r}: {error}{did_you_mean(str(where), loaded)}", code=error.code) from None
+    _check_config(name, source)
+    _check_others(name, source)
     if isinstance(source, StoredAdapter):
-        _check_config(name, source)
-        _check_others(name, source)
         _check_architecture(name, source, model)
-    if dora := next((module for module in source.modules if source.magnitude(module) is not None), None):
+    if dora := next((name for name, module in source.modules.items() if "magnitude" in module.shapes()), None):
         raise InputError(
             f"member {name!r} is a DoRA adapter ({dora} has a magnitude), whose update is no product B A: turn it into "
             "a LoRA first, peft.save_as_lora(folder, model, rank=...), and compose that"
@@ -85,7 +57,7 @@ def open_source(model: nn.Module, name: str, where: str | Path) -> Source:
     return source
 
 
-def ranks_of(name: str, source: Source, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+def ranks_of(name: str, source: Adapter, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
     """Module -> rank of the member's update there.
 
     Args:
@@ -97,20 +69,20 @@ def ranks_of(name: str, source: Source, shapes: dict[str, tuple[int, int]]) -> d
         InputError: a module or a shape differs from the base model's.
     """
     ranks = {}
-    for module in source.modules:
+    for module, member in source.modules.items():
         if module not in shapes:
             raise InputError(
                 f"member {name!r} adapts {module}, which the model does not have{did_you_mean(module, shapes)}: it "
-                "belongs to another base model"
+                "belongs to another base model",
+                code="unresolved",
             )
-        terms = source.terms(module)
-        shape = terms[0].B.shape[0], terms[0].A.shape[1]
+        shape = member.shape
         if shape != shapes[module]:
             raise InputError(
                 f"member {name!r}: its update of {module} is {shape[0]} x {shape[1]}, the layer "
                 f"{' x '.join(map(str, shapes[module]))}: it belongs to another base model"
             )
-        ranks[module] = sum(term.A.shape[0] for term in terms)
+        ranks[module] = member.factors()[0].shape[0]
     return ranks
 
 
@@ -131,22 +103,17 @@ def _shape(layer: Any) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _check_config(name: str, source: StoredAdapter) -> None:
+def _check_config(name: str, source: Adapter) -> None:
     config = source.config
-    for key, harmless in (("bias", "none"), ("trainable_token_indices", None), ("layer_replication", None)):
+    for key, harmless in (("bias", "none"), ("trainable_token_indices", None)):
         if (value := config.get(key)) and value != harmless:
             raise InputError(
                 f"member {name!r} has {key}={value!r}: more than low-rank updates was trained, and a composition is "
                 "made of those only"
             )
-    if start := source.changed_base:
-        raise InputError(
-            f"member {name!r} was started with init_lora_weights={start!r}, which changes the base weights: save it "
-            "with save_pretrained(..., path_initial_model_for_weight_conversion=...) and compose that"
-        )
 
 
-def _check_others(name: str, source: StoredAdapter) -> None:
+def _check_others(name: str, source: Adapter) -> None:
     heads = source.config.get("modules_to_save") or []
     left_out = set()
     for key in source.others:

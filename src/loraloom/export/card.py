@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraloom.adapter.protocol import Adapter
 from loraloom.adapter.serving import serving_data
-from loraloom.adapter.stored import StoredAdapter
 from loraloom.card import SERVED, Card, adapter_usage
 from loraloom.provenance import installed_versions
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loraloom.export.export import ExportReport
 
 
-def export_card(report: "ExportReport", source: StoredAdapter, serving: list[list[str]], command: str) -> Card:
+def export_card(report: "ExportReport", source: Adapter, serving: list[list[str]], command: str) -> Card:
     """Of a plain LoRA that `export` made."""
     config = {**source.config, "peft_type": "LORA"}
     served = config.get("task_type") in SERVED
@@ -28,8 +28,8 @@ def export_card(report: "ExportReport", source: StoredAdapter, serving: list[lis
     )
     return Card(
         title=f"LoRA for {report.target}",
-        summary=f"A plain LoRA of rank {report.rank}, exported from `{source.path.name}` by loraloom: {exactness}, "
-        "read back and compared module by module.",
+        summary=f"A plain LoRA of rank {report.rank}, exported from `{Path(source.where).name}` by loraloom: "
+        f"{exactness}, read back and compared module by module.",
         base_model=source.config.get("base_model_name_or_path"),
         tags=["lora"],
         usage=adapter_usage(config),

@@ -8,14 +8,15 @@ approximation of the rank asked for (Eckart and Young, 1936). What was written i
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loraloom.adapter.base import BaseWeights, weight_update
-from loraloom.adapter.findings import config_findings, name_findings
+from loraloom.adapter.open import open_adapter, open_stored
+from loraloom.adapter.peft_features import changed_base
+from loraloom.adapter.protocol import Adapter
 from loraloom.adapter.serving import features, serving_data, serving_rows
-from loraloom.adapter.stored import StoredAdapter, open_adapter
+from loraloom.adapter.stored import StoredAdapter
 from loraloom.card import write_card
 from loraloom.errors import InputError, RunFailedError
 from loraloom.export.card import export_card
@@ -23,6 +24,9 @@ from loraloom.export.plan import TARGETS, ExportPlan, Watch
 from loraloom.io.files import check_apart, folder_atomically
 from loraloom.update.lowrank import factored_svd
 from loraloom.update.terms import Term, fold
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ALLOWED_LOSS = 0.01
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,11 +78,14 @@ class ExportReport:
 
 @torch.no_grad()
 def export_adapter(
-    path: str | Path,
+    adapter: "str | Path | tuple[PeftModel, str] | Adapter",
     target: str,
     out: str | Path,
     base: str | Path | None = None,
     rank: int | None = None,
+    *,
+    energy: float | None = None,
+    one_rank: bool | None = None,
     allow_lossy: bool = False,
     overwrite: bool = False,
     dtype: str = "float32",
@@ -88,11 +95,13 @@ def export_adapter(
     """Writes an adapter as a plain LoRA, reads it back, and compares every module's update with the original.
 
     Args:
-        path: the adapter's folder, or a repository of the hub.
+        adapter: its folder or a repository of the hub, or a model and the name of its adapter.
         target: "portable" (vLLM, SGLang and llama.cpp), "peft", "vllm", "sglang" or "gguf-ready".
         out: the new folder; it appears when everything is written and compared.
         base: the base model, which DoRA's update needs unless the target is "peft".
         rank: the rank to export with; smaller ones are padded with zeros (not for "peft"), larger ones truncated.
+        energy: in place of a rank: the smallest one that keeps this share of ||D||^2 in every module.
+        one_rank: pad every module to one rank; None does so unless the target is "peft".
         allow_lossy: write the result though the error is above 1%.
         overwrite: replace `out`.
         dtype: of the written factors. float32 keeps what folding the scale computes; 16 bits round it once more.
@@ -105,32 +114,30 @@ def export_adapter(
     """
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
-    if rank is not None and rank < 1:
-        raise InputError(f"rank {rank} must be a positive integer")
-    adapter = open_adapter(path)
-    weights = None if base is None else BaseWeights(base, adapter)
-    _check(adapter, target, weights)
-    check_apart(Path(out), [adapter.path, *([] if weights is None else [weights.checkpoint.path])])
+    source: Adapter = open_adapter(adapter, base)
+    _check(source, target)
+    if isinstance(source, StoredAdapter):
+        check_apart(Path(out), [source.path, *([] if source.base is None else [source.base.checkpoint.path])])
     with folder_atomically(Path(out), overwrite) as folder:
-        plan = ExportPlan(adapter, target, weights, rank, getattr(torch, dtype))
+        plan = ExportPlan(source, target, rank, getattr(torch, dtype), energy=energy, one_rank=one_rank)
         plan.fold(watch)
         plan.write(folder)
-        report = _compare(plan, open_adapter(folder), str(out), watch)
+        report = _compare(plan, open_stored(folder), str(out), watch)
         if report.error > ALLOWED_LOSS and not allow_lossy:
             raise InputError(
                 f"rank {report.rank} in {dtype} loses {report.error:.1%} of the update (at worst "
                 f"{report.worst.error:.1%}, {report.worst.module}), more than {ALLOWED_LOSS:.0%}: give a larger "
                 "--rank, or --allow-lossy, or use loraloom merge, which is exact"
             )
-        write_card(export_card(report, adapter, serving_rows(folder, out), command), folder)
+        write_card(export_card(report, source, serving_rows(folder, out), command), folder)
     return report
 
 
-def _check(adapter: StoredAdapter, target: str, base: BaseWeights | None) -> None:
-    errors = [finding for finding in name_findings(adapter) + config_findings(adapter) if finding.level == "error"]
-    if errors:
-        raise InputError(f"{adapter.path}: {errors[0].message} (see loraloom inspect)")
-    data, found = serving_data(), features(adapter, base)
+def _check(adapter: Adapter, target: str) -> None:
+    if why := changed_base(adapter.config):
+        raise InputError(f"{adapter.where}: {why}", code="altered-base")
+    has_base = not isinstance(adapter, StoredAdapter) or adapter.base is not None
+    data, found = serving_data(), features(adapter)
     for name in TARGETS[target]:
         server = data["servers"][name]
         for feature, detail in found.items():
@@ -139,16 +146,11 @@ def _check(adapter: StoredAdapter, target: str, base: BaseWeights | None) -> Non
                 continue
             if way == "merge":
                 raise InputError(f"the adapter {detail}, and {server['name']}: {rule['why']}; use loraloom merge")
-            if way == "lossy" and base is None:
+            if way == "lossy" and not has_base:
                 raise InputError(
                     f"the adapter {detail}, and {server['name']}: {rule['why']}; give --base for the nearest plain "
                     "LoRA, or use loraloom merge, which is exact"
                 )
-    if "altered_base" in found:
-        raise InputError(
-            f"{found['altered_base']}, which changed the base weights that the update belongs to: save it from PEFT "
-            "with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER) and export that"
-        )
 
 
 def _compare(plan: ExportPlan, written: StoredAdapter, path: str, watch: Watch) -> ExportReport:
@@ -168,7 +170,7 @@ def _compare(plan: ExportPlan, written: StoredAdapter, path: str, watch: Watch) 
             )
         squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
         rank = plan.factors[module][0].shape[0]
-        modules.append(ModuleExport(module, plan.adapter.rank(module), rank, error / norm if norm else 0.0))
+        modules.append(ModuleExport(module, plan.adapter.modules[module].rank, rank, error / norm if norm else 0.0))
     return ExportReport(
         path=path,
         target=plan.target,
@@ -183,16 +185,16 @@ def _compare(plan: ExportPlan, written: StoredAdapter, path: str, watch: Watch) 
 
 def _difference(plan: ExportPlan, written: StoredAdapter, module: str) -> tuple[float, float, float]:
     """``||dW - dW'||``, ``||dW||``, and how large the first may be by rounding alone."""
-    A, B = (factor.double() for factor in fold(written.terms(module)))
-    if plan.approximates(module):
-        assert plan.base is not None
-        update = weight_update(plan.adapter, module, plan.base.matrix(module))
+    original, copy = plan.adapter.modules[module], written.modules[module]
+    A, B = (factor.double() for factor in copy.factors())
+    if plan.approximates(original):
+        update = original.update().change(original.weight())
         difference = torch.addmm(update, B.to(update.dtype), A.to(update.dtype), alpha=-1)
         return float(difference.norm()), float(update.norm()), math.inf
-    old_magnitude, new_magnitude = plan.adapter.magnitude(module), written.magnitude(module)
+    old_magnitude, new_magnitude = original.magnitude(), copy.magnitude()
     if old_magnitude is not None and not (new_magnitude is not None and torch.equal(old_magnitude, new_magnitude)):
         raise RunFailedError(f"{module}: the magnitude read back is another; nothing was kept. Please report this")
-    old = [_double(term) for term in plan.adapter.terms(module)]
+    old = [_double(term) for term in original.terms()]
     old_A, old_B = fold(old)
     # Each factor is rounded at most twice on its way. Rounding goes with the factors, not with their product, which is
     # small where terms cancel (anchored starts); and under the smallest normal number it is absolute.

@@ -1,6 +1,11 @@
-"""The tensors and the configuration of an exported adapter: factors folded, cut or padded, named as PEFT names them."""
+"""The tensors and the configuration of an exported adapter: factors folded, cut or padded, named as PEFT names them.
+
+Truncation of D = B A to rank k is the best one (Eckart and Young, 1936), of relative error
+||D - D_k|| / ||D|| = (sum_(i>k) S_i^2 / sum_i S_i^2)^(1/2) in the Frobenius norm, S the singular values of D.
+"""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,12 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraloom.adapter.base import BaseWeights, weight_update
-from loraloom.adapter.serving import allowed_rank, features, is_embedding, kind_of_other, serving_data
-from loraloom.adapter.stored import CONFIG, WEIGHTS, StoredAdapter
+from loraloom.adapter.protocol import AdaptedModule, Adapter
+from loraloom.adapter.serving import allowed_rank, features, kind_of_other, serving_data
+from loraloom.adapter.stored import CONFIG, PREFIX, WEIGHTS
 from loraloom.errors import InputError, RunFailedError
-from loraloom.update.lowrank import best_approximation, truncate
-from loraloom.update.terms import fold
+from loraloom.update.lowrank import best_approximation, factored_svd, truncate
 
 # Target -> the programs of serving.yaml that must take the result.
 TARGETS = {
@@ -32,61 +36,97 @@ Watch = Callable[[Sequence[str], str], Iterable[str]]
 class ExportPlan:
     """The adapter's modules on their way to the new file.
 
+    Args:
+        adapter: what is exported.
+        target: for whom.
+        rank: the largest rank to keep; None keeps all.
+        dtype: of the factors.
+        energy: share of ||D||^2 to keep in every module, in (0, 1]; the rank is the smallest with which all do.
+        one_rank: pad every module to one rank; None does so unless the target is "peft".
+
     Attributes:
         factors: module -> A' (r, in) and B' (out, r), once they are folded.
+        ranks, errors: module -> rank of its exact update, and ||D - D'|| / ||D|| of what truncation lost; DoRA's
+            error is known once the result is compared.
         dropped: modules whose update is zero.
-        rank: the largest of the ranks; that of all modules unless the target is "peft".
+        rank: the largest of the ranks; that of all modules with ``one_rank``.
         truncated: whether an update was approximated.
     """
 
     def __init__(
-        self, adapter: StoredAdapter, target: str, base: BaseWeights | None, rank: int | None, dtype: torch.dtype
+        self,
+        adapter: Adapter,
+        target: str,
+        rank: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        energy: float | None = None,
+        one_rank: bool | None = None,
     ) -> None:
-        self.adapter, self.target, self.base, self.dtype = adapter, target, base, dtype
-        self.rank = rank
+        if rank is not None and (energy is not None or rank < 1):
+            raise InputError(f"rank={rank!r}, energy={energy!r}: give one of them, a rank of at least 1", code="rank")
+        if energy is not None and not 0 < energy <= 1:
+            raise InputError(f"energy={energy!r} must lie in (0, 1]", code="energy")
+        self.adapter, self.target, self.dtype = adapter, target, dtype
+        self.rank, self.energy = rank, energy
+        self.one_rank = target != "peft" if one_rank is None else one_rank
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.ranks: dict[str, int] = {}
+        self.errors: dict[str, float] = {}
+        self._squares = [0.0, 0.0]  # of what is lost, and of all
         self.dropped: list[str] = []
         self.truncated = False
 
-    def approximates(self, module: str) -> bool:
-        """Whether the module's update has to be approximated, having a magnitude that the target does not take."""
-        return self.target != "peft" and "magnitude" in self.adapter.parts(module)
+    @property
+    def error(self) -> float:
+        """||D - D'|| / ||D|| over all modules together, of truncation alone."""
+        lost, norm = self._squares
+        return math.sqrt(lost / norm) if norm else 0.0
 
-    def fold(self, watch: Watch) -> None:
-        """Fills `factors` with A' (r, in) and B' (out, r), of one rank for all unless the target is "peft"."""
-        for module in watch(self.adapter.modules, "Folding"):
+    def approximates(self, module: AdaptedModule) -> bool:
+        """Whether the module's update has to be approximated, having a magnitude that the target does not take."""
+        return self.target != "peft" and "magnitude" in module.shapes()
+
+    def fold(self, watch: Watch = lambda modules, _: modules) -> None:
+        """Fills `factors` with A' (r, in) and B' (out, r)."""
+        if self.energy is not None:
+            modules = self.adapter.modules.values()
+            self.rank = max(_rank_for(factored_svd(*_double(module))[1], self.energy) for module in modules)
+        for name in watch(list(self.adapter.modules), "Folding"):
+            module = self.adapter.modules[name]
             A, B = self._fold(module)
-            if not (A.isfinite().all() and B.isfinite().all()):
-                raise InputError(f"{module} holds NaN or infinity (see loraloom inspect)")
-            # Of PEFT's DoRA and lora_bias a module without an update may do something still.
-            if not self.adapter.parts(module).keys() & {"magnitude", "bias", "member_bias"} and not (
-                A.any() and B.any()
-            ):
-                self.dropped.append(module)
+            # With DoRA or a bias, a module whose factors are zero may change the model all the same.
+            if not module.shapes().keys() & {"magnitude", "bias", "member_bias"} and not (A.any() and B.any()):
+                self.dropped.append(name)
             else:
-                self.factors[module] = (A, B)
+                self.factors[name] = (A, B)
         if not self.factors:
-            raise RunFailedError(f"{self.adapter.path}: every update is zero, there is nothing to export")
+            raise RunFailedError(f"{self.adapter.where}: every update is zero, there is nothing to export", code="zero")
         largest = max(A.shape[0] for A, _ in self.factors.values())
-        if self.target == "peft":
+        if not self.one_rank:
             self.rank = largest
             return
-        self.rank = self._allowed(self.rank or largest)
-        for module, (A, B) in self.factors.items():
+        wanted = largest if self.target == "peft" else self.rank or largest
+        self.rank = self._allowed(wanted)
+        for name, (A, B) in self.factors.items():
             padding = self.rank - A.shape[0]
-            self.factors[module] = (F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding)))
+            self.factors[name] = (F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding)))
 
-    def _fold(self, module: str) -> tuple[Tensor, Tensor]:
+    def _fold(self, module: AdaptedModule) -> tuple[Tensor, Tensor]:
         if self.approximates(module):
-            if self.base is None or self.base.keys[module] is None:
-                raise InputError(f"{module} is not in the base model; its DoRA update cannot be computed")
             self.truncated = True
-            update = weight_update(self.adapter, module, self.base.matrix(module))
-            return best_approximation(update, self.rank or self.adapter.rank(module))
-        A, B = fold(self.adapter.terms(module))
-        if self.rank is not None and A.shape[0] > self.rank:
-            self.truncated = True
-            A, B, _ = truncate(A, B, self.rank)
+            return best_approximation(module.update().change(module.weight()), self.rank or module.rank)
+        A, B = module.factors()
+        self.ranks[module.name], error = A.shape[0], 0.0
+        if self.rank is not None:
+            norm = float(factored_svd(*_double(module))[1].square().sum())
+            if A.shape[0] > self.rank:
+                self.truncated = True
+                exact, (A, B, error) = A, truncate(*_double(module), self.rank)
+                A, B = A.to(exact.dtype), B.to(exact.dtype)
+            self._squares[0] += error**2 * norm
+            self._squares[1] += norm
+        self.errors[module.name] = error
         return A, B
 
     def _allowed(self, rank: int) -> int:
@@ -94,41 +134,54 @@ class ExportPlan:
             allowed = allowed_rank(name, rank)
             if allowed is None:
                 ranks = serving_data()["servers"][name]["ranks"]
-                raise InputError(f"rank {rank} is above {ranks[-1]}, the largest that {name} allows: give --rank")
+                raise InputError(
+                    f"rank {rank} is above {ranks[-1]}, the largest that {name} allows: give --rank", code="rank"
+                )
             rank = allowed
         return rank
 
     def write(self, folder: Path) -> None:
-        """Writes tensors and configuration."""
+        """Writes tensors and configuration.
+
+        Raises:
+            InputError: biases beside an adapted embedding, which PEFT refuses.
+        """
         tensors: dict[str, Tensor] = {}
         with_bias = self.target == "peft" and "lora_bias" in features(self.adapter)
-        for module, (A, B) in self.factors.items():
-            tensors |= self._named(module, A.to(self.dtype), B.to(self.dtype))
+        modules = {name: self.adapter.modules[name] for name in self.factors}
+        tables = [name for name, module in modules.items() if module.embedding]
+        if with_bias and tables:
+            raise InputError(
+                f"the adapter adds to biases (lora_bias), which PEFT refuses beside an adapted embedding "
+                f"({tables[0]}): merge the adapter, or compose without one of the two",
+                code="bias",
+            )
+        for name, (A, B) in self.factors.items():
+            tensors |= self._named(modules[name], A.to(self.dtype), B.to(self.dtype))
             if with_bias:
-                bias = self.adapter.lora_bias(module)
-                tensors[f"base_model.model.{module}.lora_B.bias"] = (
+                bias = modules[name].bias()
+                tensors[f"{PREFIX}{name}.lora_B.bias"] = (
                     torch.zeros(B.shape[0], dtype=self.dtype) if bias is None else bias.to(self.dtype)
                 )
-        tensors |= dict(self.adapter.checkpoint.tensors(self.adapter.others))
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        # Copies, as tensors of a model may be one (a tied head), which safetensors refuses.
+        tensors |= {key: tensor.detach().clone() for key, tensor in self.adapter.other_tensors()}
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         config = self._config(with_bias)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def _named(self, module: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    def _named(self, module: AdaptedModule, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """The factors in the shapes and under the names of PEFT's LoRA."""
-        key, shape = f"base_model.model.{module}", self.adapter.checkpoint.shape(self.adapter.parts(module)["A"])
-        if is_embedding(self.adapter, module, self.base):
+        key, ones = f"{PREFIX}{module.name}", [1] * len(module.kernel)
+        if module.embedding:
             named = {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}
         else:
-            kernel = [1] * (len(shape) - 2)
             named = {
-                f"{key}.lora_A.weight": A.reshape(-1, *shape[1:]),
-                f"{key}.lora_B.weight": B.reshape(*B.shape, *kernel),
+                f"{key}.lora_A.weight": A.reshape(-1, *module.shapes()["A"][1:]),
+                f"{key}.lora_B.weight": B.reshape(*B.shape, *ones),
             }
-        magnitude = self.adapter.magnitude(module)
+        magnitude = module.magnitude()
         if magnitude is not None and not self.approximates(module):
-            ones = [1] * (len(shape) - 2)
             named[f"{key}.lora_magnitude_vector"] = magnitude.reshape(1, -1, *ones) if ones else magnitude
         return named
 
@@ -160,3 +213,14 @@ class ExportPlan:
             "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
             "init_lora_weights": True,
         }
+
+
+def _double(module: AdaptedModule) -> tuple[Tensor, Tensor]:
+    A, B = module.factors()
+    return A.double(), B.double()
+
+
+def _rank_for(S: Tensor, energy: float) -> int:
+    kept = S.square().cumsum(0)
+    # Rounding may leave the last sum below energy * total when energy is 1.
+    return min(int((kept < energy * kept[-1]).sum()) + 1, len(S))

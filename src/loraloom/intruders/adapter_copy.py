@@ -7,25 +7,29 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from loraloom.adapter.live import adapted_layers
-from loraloom.intruders.copies import CHANGES_BASE, patterns
+from loraloom.adapter.live import LiveAdapter
+from loraloom.adapter.peft_features import start_changed_base
+from loraloom.errors import InputError
+from loraloom.intruders.copies import patterns
 
 
 def add_copy(model: PeftModel, adapter: str, new_adapter: str, ranks: dict[str, int]) -> None:
     """An empty adapter like another one, with these ranks and the same scales, without initialising anything."""
     old: Any = model.peft_config[adapter]
-    layers = {layer.name: layer for layer in adapted_layers(model, adapter)}
+    source = LiveAdapter(model, adapter)
     config = copy.deepcopy(old)
     lora = old.peft_type == "LORA"
-    if any(ranks[name] != layer.rank for name, layer in layers.items()):
-        if str(old.init_lora_weights).lower().startswith(CHANGES_BASE) and lora:
-            raise ValueError(
-                f"init_lora_weights={old.init_lora_weights!r} has changed the base weights by an amount that goes with "
-                "the rank, so that a copy of another rank could not be loaded again: use rank='keep'."
+    start = old.init_lora_weights
+    if any(ranks[name] != module.rank for name, module in source.modules.items()):
+        if start_changed_base(source.config):
+            raise InputError(
+                f"init_lora_weights={start!r} starts from the base weights by an amount that goes with the rank, so "
+                "that a copy of another rank could not be loaded again: use rank='keep'",
+                code="altered-base",
             )
         if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("pissa", "olora"):
             config.init_lora_weights = True
-        for key, pattern in patterns([*layers.values()], ranks, old.use_rslora).items():
+        for key, pattern in patterns(source.modules.values(), ranks, old.use_rslora).items():
             setattr(config, key, pattern)
     wanted = {"init_lora_weights": config.init_lora_weights, "modules_to_save": copy.copy(config.modules_to_save)}
     if lora:

@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from loraloom.adapter.live import LayerOfModel, adapted_layers
+from loraloom.adapter.live import LiveAdapter, LiveModule
+from loraloom.adapter.protocol import Parts
+from loraloom.errors import InputError
 from loraloom.intruders.adapter_copy import add_copy, copy_auxiliaries
-from loraloom.intruders.copies import Parts, mitigated_copy
-from loraloom.intruders.find import LayerIntruders, analyse_matrix
+from loraloom.intruders.copies import analyse_module, check_room, mitigated_copy
+from loraloom.intruders.find import LayerIntruders
 from loraloom.intruders.reduce import Rank, Scope, check_options
 from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
 from loraloom.intruders.solvers.basis import BasisCache
@@ -46,23 +48,21 @@ def find_intruders(
     Raises:
         ValueError: an argument is out of range, or the adapter is of another kind.
     """
-    layers = [_analyse(layer, top_k, epsilon, bases, device) for layer in _shown(list(adapted_layers(model, adapter)))]
+    modules = [*LiveAdapter(model, adapter).modules.values()]
+    layers = [_analyse(module, top_k, epsilon, bases, device) for module in _shown(modules)]
     return IntruderReport(adapter, top_k, epsilon, layers)
 
 
-def _shown(layers: list[LayerOfModel]) -> Iterable[LayerOfModel]:
+def _shown(modules: list[LiveModule]) -> Iterable[LiveModule]:
     console = Console(stderr=True)
-    return track(layers, "Looking for intruders", console=console, transient=True, disable=not console.is_terminal)
+    return track(modules, "Looking for intruders", console=console, transient=True, disable=not console.is_terminal)
 
 
-@torch.no_grad()
 def _analyse(
-    layer: LayerOfModel, top_k: int, epsilon: float, bases: BasisCache | None, device: str | torch.device | None
+    module: LiveModule, top_k: int, epsilon: float, bases: BasisCache | None, device: str | torch.device | None
 ) -> LayerIntruders:
-    W, magnitude = layer.weight(), layer.magnitude()
-    W = W if device is None else W.to(device)
-    left = None if bases is None else bases(W)
-    return analyse_matrix(W, *layer.factors(), magnitude, left, top_k=top_k, epsilon=epsilon, name=layer.name)
+    W = module.weight() if device is None else module.weight().to(device)
+    return analyse_module(module, W, None if bases is None else bases(W), top_k=top_k, epsilon=epsilon)
 
 
 def reduce_intruders(
@@ -100,6 +100,7 @@ def reduce_intruders(
     check_options(scale, scope, rank)
     if new_adapter in getattr(model, "peft_config", {}):
         raise ValueError(f"new_adapter={new_adapter!r} exists already: choose another name or delete it first.")
+    check_room(LiveAdapter(model, adapter))
     found = find_intruders(model, adapter, top_k, epsilon, bases=bases, device=device)
     copies = _copies(model, found, scale, scope, rank)
     add_copy(model, adapter, new_adapter, {name: r for name, (_, r, _) in copies.items()})
@@ -133,7 +134,9 @@ def merge_and_unload_with_reduced_intruders(
     Raises:
         ValueError: also where layers are quantised and ``quantized`` does not say what to do with them.
     """
-    layers = [layer for layer in adapted_layers(model, adapter) if layer.quantized]
+    source = LiveAdapter(model, adapter)
+    _check_mergeable(source)
+    layers = [module for module in source.modules.values() if module.quantized]
     if layers and quantized not in ("requantize", "dequantize"):
         raise ValueError(
             f"quantized={quantized!r}, but {layers[0].name} and {len(layers) - 1} more layers are quantised: choose "
@@ -143,7 +146,8 @@ def merge_and_unload_with_reduced_intruders(
     report = reduce_intruders(model, adapter, name, scale, scope, "exact", **options)
     dense: dict[str, nn.Linear] = {}
     if quantized == "dequantize":
-        dense = {layer.name: _dense(layer) for layer in adapted_layers(model, name) if layer.quantized}
+        modules = LiveAdapter(model, name).modules
+        dense = {path: _dense(module) for path, module in modules.items() if module.quantized}
     model.set_adapter(name)
     tuner: Any = model.base_model
     merged = tuner.merge_and_unload()
@@ -204,6 +208,22 @@ def sweep(
     return SweepReport(replace(found, scope=scope, rank=rank), points)
 
 
+def _check_mergeable(adapter: LiveAdapter) -> None:
+    """What PEFT's merge would do wrongly."""
+    if adapter.config.get("layer_replication"):
+        raise InputError(
+            f"{adapter.where} has layer_replication, whose layers share one weight: it takes one update only",
+            code="altered-base",
+        )
+    for name, module in adapter.modules.items():
+        if adapter.kind == "LORA" and module.magnitude() is not None and not module.adapted_weight().any(1).all():
+            raise InputError(
+                f"{name} has a row of zeros, by whose norm PEFT's DoRA divides: use reduce_intruders, save the "
+                "adapter, and loraloom merge",
+                code="zero-row",
+            )
+
+
 def _free_name(model: PeftModel) -> str:
     return next(n for i in range(len(model.peft_config) + 1) if (n := f"mitigated_{i}") not in model.peft_config)
 
@@ -215,19 +235,20 @@ def _copies(
     """By layer: the parts of the mitigated copy, its rank, and the error."""
     by_name = {layer.name: layer for layer in found.layers}
     return {
-        layer.name: mitigated_copy(layer, by_name[layer.name], scale, scope, rank)
-        for layer in adapted_layers(model, found.adapter)
+        name: mitigated_copy(module, by_name[name], scale, scope, rank)
+        for name, module in LiveAdapter(model, found.adapter).modules.items()
     }
 
 
 def _store(model: PeftModel, adapter: str, new_adapter: str, copies: dict[str, tuple[Parts, int, float]]) -> None:
-    for layer in adapted_layers(model, adapter):
-        layer.store(new_adapter, copies[layer.name][0])
+    for name, module in LiveAdapter(model, adapter).modules.items():
+        module.store(new_adapter, copies[name][0])
     copy_auxiliaries(model, adapter, new_adapter)
 
 
-def _dense(layer: LayerOfModel) -> nn.Linear:
-    base, weight = layer.layer.get_base_layer(), layer.adapted_weight().to(layer.weight().dtype)
+def _dense(module: LiveModule) -> nn.Linear:
+    W = module.weight()
+    base, weight = module.layer.get_base_layer(), module.update().adapted_weight(W).to(W.dtype)
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)

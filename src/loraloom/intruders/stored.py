@@ -13,51 +13,24 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from loraloom.adapter.base import BaseWeights
+from loraloom.adapter.open import open_stored
+from loraloom.adapter.protocol import AdaptedModule
 from loraloom.adapter.serving import serving_rows
-from loraloom.adapter.stored import CONFIG, WEIGHTS, StoredAdapter, open_adapter
+from loraloom.adapter.stored import CONFIG, WEIGHTS, StoredAdapter, StoredModule
 from loraloom.card import write_card
 from loraloom.errors import InputError
 from loraloom.intruders.card import intruders_card
-from loraloom.intruders.copies import CHANGES_BASE, AdaptedLayer, Parts, mitigated_copy, patterns
-from loraloom.intruders.find import LayerIntruders, analyse_matrix
+from loraloom.intruders.copies import analyse_module, check_room, mitigated_copy, patterns
+from loraloom.intruders.find import LayerIntruders
 from loraloom.intruders.reduce import Rank, Scope, check_options
 from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
 from loraloom.intruders.solvers.matrix import RELATIVE_ZERO, squared_norms
 from loraloom.intruders.solvers.topk import Triplets
 from loraloom.io.files import check_apart, folder_atomically
 from loraloom.update.lowrank import factored_svd
-from loraloom.update.terms import Term
 
-
-class StoredLayer(AdaptedLayer):
-    """One module of an adapter in files. Every call reads the tensors again."""
-
-    def __init__(self, adapter: StoredAdapter, base: BaseWeights, module: str) -> None:
-        self.name, self._adapter, self._base = module, adapter, base
-        self.rank, self.scaling = adapter.rank(module), adapter.scaling(module)
-        self.base_path = base.checkpoint.path
-        stored = adapter.parts(module)
-        self.keys = {_attribute(key): key for key in stored.values()}
-        """The parts' names, those of the layer's attributes, to the names of their tensors."""
-        self.A_name, self.B_name = _attribute(stored["A"]), _attribute(stored["B"])
-
-    def weight(self) -> Tensor:
-        return self._base.matrix(self.name)
-
-    def parts(self) -> Parts:
-        return {name: self._adapter.checkpoint.tensor(key) for name, key in self.keys.items()}
-
-    def terms(self) -> list[Term]:
-        return self._adapter.terms(self.name)
-
-    def magnitude(self) -> Tensor | None:
-        return self._adapter.magnitude(self.name)
-
-
-Watch = Callable[[Sequence[StoredLayer]], Iterable[StoredLayer]]
+Watch = Callable[[Sequence[StoredModule]], Iterable[StoredModule]]
 
 
 def find_stored_intruders(
@@ -82,8 +55,9 @@ def find_stored_intruders(
         InputError: a file is missing or broken, the base is another one or quantised, or a tensor is not finite.
         ValueError: top_k or epsilon is out of range.
     """
-    adapter, layers = _open(path, base)
-    found = [_without_vectors(_analyse(layer, top_k, epsilon)) for layer in watch(layers)]
+    adapter = _open(path, base)
+    modules = watch([*adapter.modules.values()])
+    found = [_without_vectors(_analyse(module, top_k, epsilon)) for module in modules]
     return IntruderReport(str(adapter.path), top_k, epsilon, found)
 
 
@@ -121,21 +95,26 @@ def reduce_stored_intruders(
         ValueError: an option is out of range.
     """
     check_options(scale, scope, rank)
-    adapter, layers = _open(path, base)
-    _check_room(adapter)
-    check_apart(Path(out), [adapter.path, *{layer.base_path for layer in layers}])
+    adapter = _open(path, base)
+    assert adapter.base is not None
+    check_room(adapter)
+    check_apart(Path(out), [adapter.path, adapter.base.checkpoint.path])
     tensors = dict(adapter.checkpoint.tensors(adapter.others))
     found: list[LayerIntruders] = []
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
     with folder_atomically(Path(out), overwrite) as folder:
-        for layer in watch(layers):
-            analysed = _analyse(layer, top_k, epsilon)
-            parts, ranks[layer.name], errors[layer.name] = mitigated_copy(layer, analysed, scale, scope, rank)
-            tensors |= {layer.keys[name]: part.contiguous() for name, part in parts.items()}
+        for module in watch([*adapter.modules.values()]):
+            analysed = _analyse(module, top_k, epsilon)
+            parts, ranks[module.name], errors[module.name] = mitigated_copy(module, analysed, scale, scope, rank)
+            tensors |= {module.tensors[part]: tensor.contiguous() for part, tensor in parts.items()}
             found.append(_without_vectors(analysed))
-        config = _resized(adapter.config, layers, ranks)
-        save_file({key: tensors[key] for key in adapter.checkpoint}, folder / WEIGHTS, metadata={"format": "pt"})
+        config = _resized(adapter, ranks)
+        save_file(
+            {key: tensors[key] for key in adapter.checkpoint if key in tensors},
+            folder / WEIGHTS,
+            metadata={"format": "pt"},
+        )
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report = IntruderReport(str(adapter.path), top_k, epsilon, found, scale, scope, rank, errors)
         write_card(intruders_card(report, str(out), adapter, serving_rows(folder, out), command), folder)
@@ -170,23 +149,23 @@ def sweep_stored(
     """
     for scale in scales:
         check_options(scale, scope, rank)
-    adapter, layers = _open(path, base)
+    adapter = _open(path, base)
     if rank != "exact":
-        _check_room(adapter)
+        check_room(adapter)
     found: list[LayerIntruders] = []
     norm, lost = 0.0, 0.0  # squared, and for a scale of 0
     remaining, errors = [0] * len(scales), [0.0] * len(scales)
-    for layer in watch(layers):
+    for module in watch([*adapter.modules.values()]):
         # No scale can bring up more than top_k directions from further down.
-        more = _analyse(layer, 2 * top_k, epsilon)
+        more = _analyse(module, 2 * top_k, epsilon)
         first = _first(more, top_k)
         scaled = first.intruders[:1] if scope == "top" else first.intruders
-        norm += _change(layer, first)
+        norm += _change(module, first)
         lost += sum(first.singular_values[i] ** 2 for i in scaled)
         for i, scale in enumerate(scales):
             remaining[i] += _remaining(more, top_k, scaled, scale)
             if rank != "exact":
-                errors[i] = max(errors[i], mitigated_copy(layer, first, scale, scope, rank)[2])
+                errors[i] = max(errors[i], mitigated_copy(module, first, scale, scope, rank)[2])
         found.append(_without_vectors(first))
     changes = [abs(scale - 1) * math.sqrt(lost / norm) if norm else 0.0 for scale in scales]
     points = [
@@ -196,38 +175,15 @@ def sweep_stored(
     return SweepReport(IntruderReport(str(adapter.path), top_k, epsilon, found, scope=scope, rank=rank), points)
 
 
-def _open(path: str | Path, base: str | Path | None) -> tuple[StoredAdapter, list[StoredLayer]]:
-    adapter = open_adapter(path)
-    base = base or adapter.config.get("base_model_name_or_path")
+def _open(path: str | Path, base: str | Path | None) -> StoredAdapter:
+    base = base or open_stored(path).config.get("base_model_name_or_path")
     if not base:
-        raise InputError(f"{adapter.path / CONFIG} names no base model: give its folder")
-    init = adapter.config.get("init_lora_weights")
-    if adapter.kind == "LORA" and str(init).lower().startswith(CHANGES_BASE):
-        raise InputError(
-            f"{adapter.path}: init_lora_weights={init!r} changed the base weights that the update belongs to: save it "
-            "from PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER)"
-        )
-    weights = BaseWeights(base, adapter)
-    unknown = [module for module in adapter.modules if weights.keys[module] is None]
-    if unknown:
-        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise InputError(f"{base} has no weight of {unknown[0]}{more}: expected the base model of {adapter.path}")
-    return adapter, [StoredLayer(adapter, weights, module) for module in adapter.modules]
+        raise InputError(f"{Path(path) / CONFIG} names no base model: give its folder", code="no-base")
+    return open_stored(path, base)
 
 
-def _check_room(adapter: StoredAdapter) -> None:
-    if adapter.config.get("composition") is not None:
-        raise InputError(
-            f"{adapter.path} is a composition, whose members cannot take a change: "
-            "make a LoRA of it (loraloom export --to peft), and reduce the intruders of that"
-        )
-
-
-def _analyse(layer: AdaptedLayer, top_k: int, epsilon: float) -> LayerIntruders:
-    A, B = layer.factors()
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise InputError(f"{layer.name}: the adapter's tensors hold NaN or infinity")
-    return analyse_matrix(layer.weight(), A, B, layer.magnitude(), top_k=top_k, epsilon=epsilon, name=layer.name)
+def _analyse(module: AdaptedModule, top_k: int, epsilon: float) -> LayerIntruders:
+    return analyse_module(module, module.weight(), top_k=top_k, epsilon=epsilon)
 
 
 def _first(found: LayerIntruders, k: int) -> LayerIntruders:
@@ -249,11 +205,11 @@ def _without_vectors(found: LayerIntruders) -> LayerIntruders:
     return replace(found, vectors=nothing, row_scale=None)
 
 
-def _change(layer: AdaptedLayer, found: LayerIntruders) -> float:
+def _change(module: AdaptedModule, found: LayerIntruders) -> float:
     """``||W' - W||^2``."""
     if found.relative_norm is None:  # W = 0
-        return float(factored_svd(*layer.factors())[1].double().square().sum())
-    return found.relative_norm**2 * float(squared_norms(layer.weight()).double().sum())
+        return float(factored_svd(*module.factors())[1].double().square().sum())
+    return found.relative_norm**2 * float(squared_norms(module.weight()).double().sum())
 
 
 def _remaining(found: LayerIntruders, top_k: int, scaled: list[int], scale: float) -> int:
@@ -263,15 +219,12 @@ def _remaining(found: LayerIntruders, top_k: int, scaled: list[int], scale: floa
     return sum(i in found.intruders and values[i] > RELATIVE_ZERO * values[order[0]] for i in order)
 
 
-def _resized(config: dict, layers: Sequence[AdaptedLayer], ranks: dict[str, int]) -> dict:
+def _resized(adapter: StoredAdapter, ranks: dict[str, int]) -> dict:
     """The configuration of a copy with these ranks."""
-    if all(ranks[layer.name] == layer.rank for layer in layers):
+    config, modules = adapter.config, adapter.modules.values()
+    if all(ranks[module.name] == module.rank for module in modules):
         return config
-    config = config | patterns(layers, ranks, bool(config.get("use_rslora")))
+    config = config | patterns(modules, ranks, bool(config.get("use_rslora")))
     if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in ("pissa", "olora"):
         config["init_lora_weights"] = True  # others look at data, or cannot start with other ranks
     return config
-
-
-def _attribute(key: str) -> str:
-    return key.removesuffix(".weight").rpartition(".")[2]

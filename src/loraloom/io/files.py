@@ -86,7 +86,9 @@ def check_new_folder(path: Path, overwrite: bool = False) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; expected a folder to make")
     if not overwrite and path.exists() and any(path.iterdir()):
-        raise InputError(f"{path} is not empty: choose another folder, or pass --overwrite to replace it")
+        raise InputError(
+            f"{path} is not empty: choose another folder, or pass --overwrite to replace it", code="not-empty"
+        )
 
 
 def _remove(path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from loraloom.adapter.stored import StoredAdapter
 from loraloom.errors import RunFailedError
 from loraloom.io.checkpoint import Checkpoint
-from loraloom.update.terms import compute_dtype, fold
+from loraloom.update.terms import compute_dtype
 from loraloom.update.update import row_scale
 
 BLOCK = 2**22  # entries; in float32, with its copies, some 100 MB
@@ -131,12 +131,13 @@ class _Loaded:
         self.edit = edit
         stored = edit.adapter.checkpoint
         self.tokens = None if edit.tokens is None else (torch.tensor(edit.tokens[0]), stored.tensor(edit.tokens[1]))
-        self.bias = None if edit.bias is None else edit.adapter.lora_bias(edit.bias)
+        self.bias = None if edit.bias is None else edit.adapter.modules[edit.bias].bias()
         self.A = self.B = self.magnitude = self.column_scale = None
         if edit.module is None:
             return
-        self.A, self.B = fold(edit.adapter.terms(edit.module))
-        self.magnitude = edit.adapter.magnitude(edit.module)
+        module = edit.adapter.modules[edit.module]
+        self.A, self.B = module.factors()
+        self.magnitude = module.magnitude()
         if self.magnitude is not None and edit.transposed:
             # The norm of a row of W is that of a stored column, so it takes a pass of its own.
             squares = torch.zeros(target.shape[1], dtype=torch.float64)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from loraloom.adapter.stored import StoredAdapter, open_adapter
+from loraloom.adapter.open import open_stored
+from loraloom.adapter.stored import StoredAdapter
 from loraloom.card import write_card
 from loraloom.errors import InputError
 from loraloom.io.bitsandbytes import DequantisedCheckpoint, quantisation
@@ -73,7 +74,7 @@ def merge_checkpoint(
     """
     started = time.monotonic()
     out = Path(out).expanduser().resolve()
-    opened = [open_adapter(adapter) for adapter in adapters]
+    opened = [open_stored(adapter) for adapter in adapters]
     factors = _weights(weights, len(opened))
     folder = locate(base, _PATTERNS)
     check_apart(out, [folder, *(adapter.path for adapter in opened)])

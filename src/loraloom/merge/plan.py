@@ -3,7 +3,6 @@
 Every tensor of every adapter is given a place, or the plan is an error that lists those without one.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,18 +10,15 @@ from typing import Any
 
 import torch
 
-from loraloom.adapter.findings import config_findings, name_findings
-from loraloom.adapter.stored import StoredAdapter, base_keys, stored_transposed
+from loraloom.adapter.base import base_keys, stored_transposed
+from loraloom.adapter.stored import PREFIX, StoredAdapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import Checkpoint
 from loraloom.merge.config import CLASSIFIERS, Resized, merged_config
 from loraloom.merge.edits import Edit, Target
 from loraloom.merge.tied import VocabularyTable, vocabulary_table
 
-_PREFIX = "base_model.model."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-# PEFT's ways to start that subtract the starting point from the base weight: the file alone does not say the update.
-_OTHER_MODELS = ("layer_replication", "kasa_config", "monteclora_config")
 
 
 @dataclass
@@ -70,7 +66,6 @@ def plan_merge(
     classifier = any(adapter.config.get("task_type") in CLASSIFIERS for adapter in adapters)
     edits = _Edits(base, config, None if classifier else vocabulary_table(base, config))
     for adapter, weight in zip(adapters, weights, strict=True):
-        _check_known(adapter)
         edits.add(adapter, weight)
     plan = Plan()
     if edits.table is not None:
@@ -111,14 +106,14 @@ class _Edits:
             if key is None:
                 homeless.append(module)
                 continue
-            shape, update = self.shape_of(key, own.get(key)), _update_shape(adapter, module)
+            shape, update = self.shape_of(key, own.get(key)), adapter.modules[module].shape
             transposed = stored_transposed(module, update, shape, dict(self.config), adapter.config)
             if key in own and own[key].module is not None:
                 raise InputError(f"{adapter.path}: {own[key].module} and {module} are both {key} of the base")
             edit(key, module=module, transposed=transposed)
             if found is not None and f"{module}.weight".endswith(f".{found}"):
                 self.prefix = f"{module}.weight".removesuffix(found)
-        biased = [module for module in adapter.modules if adapter.lora_bias(module) is not None]
+        biased = [name for name, m in adapter.modules.items() if {"bias", "member_bias"} & m.tensors.keys()]
         for module, key in base_keys(biased, self.base, "bias").items():
             if key is None:
                 homeless.append(f"{module} (its bias)")
@@ -127,7 +122,8 @@ class _Edits:
         if homeless:
             raise InputError(
                 f"{adapter.path}: {len(homeless)} of its tensors or modules have no place in {self.base.path}: "
-                f"{_listed(homeless)}; is it the model that the adapter was trained on?"
+                f"{_listed(homeless)}; is it the model that the adapter was trained on?",
+                code="unresolved",
             )
         for key, made in own.items():
             self.of.setdefault(key, []).append(made)
@@ -148,20 +144,6 @@ class _Edits:
         return name if tied or (saved and name in _names(adapter)) else None
 
 
-def _check_known(adapter: StoredAdapter) -> None:
-    for finding in name_findings(adapter) + config_findings(adapter):
-        if finding.level == "error" and finding.code in ("duplicate", "parts", "rank", "shape"):
-            raise InputError(f"{adapter.path}: {finding.message} (see loraloom inspect)")
-    if start := adapter.changed_base:
-        raise InputError(
-            f"{adapter.path} started with init_lora_weights={start!r}, which also changed the base weights: save it "
-            "again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
-        )
-    for name in _OTHER_MODELS:
-        if adapter.config.get(name):
-            raise InputError(f"{adapter.path} uses {name}, whose model is not the base with an update per weight")
-
-
 def _names(adapter: StoredAdapter) -> set[str]:
     return {f"{module}.{kind}" for _, module, kind in _replacements(adapter)}
 
@@ -171,9 +153,9 @@ def _replacements(adapter: StoredAdapter) -> list[tuple[str, str, str]]:
     found = []
     for name in adapter.others:
         if name.endswith(_TOKENS):
-            found.append((name, name.removesuffix(_TOKENS).removeprefix(_PREFIX), "weight"))
+            found.append((name, name.removesuffix(_TOKENS).removeprefix(PREFIX), "weight"))
         else:
-            module, _, kind = name.removeprefix(_PREFIX).rpartition(".")
+            module, _, kind = name.removeprefix(PREFIX).rpartition(".")
             found.append((name, module.removesuffix(".base_layer"), kind))
     return found
 
@@ -189,11 +171,6 @@ def _token_indices(adapter: StoredAdapter, name: str, module: str) -> tuple[int,
             f"trainable_token_indices names {len(given)} for {module}: save the adapter again"
         )
     return tuple(given)
-
-
-def _update_shape(adapter: StoredAdapter, module: str) -> tuple[int, int]:
-    parts, shape = adapter.parts(module), adapter.checkpoint.shape
-    return shape(parts["B"])[0], math.prod(shape(parts["A"])[1:])
 
 
 def _share_or_untie(edits: _Edits, table: VocabularyTable, plan: Plan) -> None:

@@ -37,19 +37,21 @@ _TOKENS = 32  # of a prompt, at most
 
 def check_verifiable(adapters: Sequence[str | Path], weights: Sequence[float] | None, base: str | Path) -> None:
     """Raises InputError where PEFT has no model that the merged one could be compared with. Loads no model."""
-    from loraloom.adapter.stored import open_adapter
+    from loraloom.adapter.open import open_stored
     from loraloom.io.checkpoint import locate, read_json
 
     config = locate(base) / "config.json"
     if not config.is_file() or not read_json(config).get("architectures"):
         raise InputError(f"{base} has no config.json that names its architectures: merge without --verify")
-    opened = [open_adapter(adapter) for adapter in adapters]
+    opened = [open_stored(adapter) for adapter in adapters]
     if len({adapter.kind for adapter in opened}) > 1:
         raise InputError("PEFT cannot load adapters of different types at once to compare with: merge without --verify")
     weighted = any(weight != 1 for weight in weights or [])
     for adapter in opened:
         whole = any("base_layer" not in name for name in adapter.others)
-        scaled = any({"magnitude", "bias", "member_bias"} & adapter.parts(module).keys() for module in adapter.modules)
+        scaled = any(
+            {"magnitude", "bias", "member_bias"} & module.tensors.keys() for module in adapter.modules.values()
+        )
         if (weighted and (whole or scaled)) or (len(opened) > 1 and whole):
             raise InputError(
                 f"PEFT has no model with a weighted sum of {adapter.path}, which is more than a low-rank update, to "

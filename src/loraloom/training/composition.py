@@ -64,5 +64,5 @@ def finish_composition(model: PeftModel | PreTrainedModel, output: Path) -> Comp
     model = cast(PeftModel, model)
     learned = learned_weights(model, ADAPTER)
     folder = output / PORTABLE
-    report = to_lora(model, ADAPTER, save_to=folder)
+    report = to_lora(model, ADAPTER, save_to=folder, overwrite=True)
     return Composed(learned.layers, learned.mean, str(folder), report.rank)
