@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftT
 from peft.utils.integrations import gather_params_ctx, init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "HEADS_SAVED_LATER",
@@ -160,12 +160,16 @@ def after_injection(callback: Callable[[Any], None]) -> None:
 def has_base_weight(base_layer: Any) -> bool:
     """Whether :func:`base_weight` can give the weight."""
     weight = getattr(base_layer, "weight", None)
-    return isinstance(weight, Tensor) and (
-        weight.is_floating_point() or resolve_quantization_backend(base_layer) is not None
-    )
+    return _is_plain(weight) or resolve_quantization_backend(base_layer) is not None
 
 
 def base_weight(base_layer: Any) -> Tensor:
     """The weight of a base layer as floating-point numbers, in the shape in which the layer stores it."""
-    backend = resolve_quantization_backend(base_layer)
-    return base_layer.weight if backend is None else backend.get_base_weight(base_layer)
+    if _is_plain(base_layer.weight):
+        return base_layer.weight
+    backend: Any = resolve_quantization_backend(base_layer)
+    return backend.get_base_weight(base_layer)
+
+
+def _is_plain(weight: Any) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()

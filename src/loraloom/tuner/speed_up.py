@@ -30,7 +30,8 @@ from loraloom.tuner import peft_internals
 from loraloom.tuner.linear import calls_only_linear, is_plain_linear
 from loraloom.tuner.row_norm import RowNormCache
 from loraloom.update.linear import adapted_linear
-from loraloom.update.terms import Term, stack
+from loraloom.update.terms import Term, fold, stack
+from loraloom.update.update import row_norm
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,9 @@ _row_norms: WeakKeyDictionary[nn.Module, tuple[weakref.ref, RowNormCache]] = Wea
 def _row_norm(layer: Any, magnitude: nn.Module, term: Term) -> Tensor:
     """``rownorm(W + D)`` (out,), cached."""
     parameter = layer.get_base_layer()._parameters.get("weight")
-    if parameter is None or torch.compiler.is_compiling():
-        return RowNormCache()(None, lambda: _base_matrix(layer), [term])
+    if parameter is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        with torch.no_grad():
+            return row_norm(_base_matrix(layer), *fold([term]))
     known = _row_norms.get(magnitude)
     if known is None or known[0]() is not parameter:
         known = _row_norms[magnitude] = weakref.ref(parameter), RowNormCache()
