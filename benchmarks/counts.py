@@ -38,6 +38,7 @@ _NO_KERNEL = {
     "lift_fresh",
 }
 _GATHERS = {"index", "index_select", "embedding"}  # they read what they write
+_SCATTERS = {"index_add_", "index_copy_", "index_put_"}
 _WRITTEN_UNREAD = {"copy_", "fill_", "zero_", "bernoulli_", "normal_"}
 
 
@@ -58,6 +59,8 @@ class Counter(TorchDispatchMode):
             if name in _WRITTEN_UNREAD or (out is not None and args and args[0] is out):
                 read = read[1:]
             written = list(filter(_is, tree_leaves(result)))
+            if name in _SCATTERS:  # some rows of the first are read and written
+                written, read = read[-1:], [*read[1:], read[-1]]
             moved = sum(map(_size, [*(written if name in _GATHERS else read), *written]))
             if moved:
                 self.launches += 1
@@ -93,6 +96,19 @@ def count(config: PeftConfig | None, dtype: torch.dtype, tokens: int) -> Counter
     return counter
 
 
+def count_mixed(config: PeftConfig, dtype: torch.dtype, tokens: int, adapters: int) -> Counter:
+    """A forward pass of 32 samples that use so many adapters in turn."""
+    layer, x, _ = base(dtype, tokens)
+    names = [f"a{i}" for i in range(adapters)]
+    model = get_peft_model(layer, config, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.eval()
+    with torch.no_grad(), Counter() as counter:
+        model(x.view(32, -1, WIDTH), adapter_names=[names[i % adapters] for i in range(32)])
+    return counter
+
+
 def configs() -> dict[str, tuple[PeftConfig, PeftConfig]]:
     """Name -> the same adapter of PEFT and of loraloom."""
     common = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["0"]}
@@ -109,21 +125,26 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     console = Console(width=120)
+
+    def add(what: str, dtype: torch.dtype, tokens: int, by: str, counter: Counter, bare: Counter) -> None:
+        extra = {"launches": counter.launches - bare.launches, "megabytes": round((counter.bytes - bare.bytes) / 1e6)}
+        place = {"base": str(dtype).removeprefix("torch."), "tokens": tokens, "adapter": what, "by": by}
+        rows.append(place | extra)
+        if args.log and by == "loraloom":
+            console.print(place)
+            for name, megabytes in counter.log:
+                console.print(f"  {name:40} {megabytes:9.1f} MB")
+
     for dtype, tokens in ((torch.bfloat16, TOKENS), (torch.bfloat16, 512), (torch.float32, TOKENS)):
         bare = count(None, dtype, tokens)
         for name, pair in configs().items():
             for library, config in zip(("PEFT", "loraloom"), pair, strict=True):
-                counter = count(config, dtype, tokens)
-                row = {"base": str(dtype).removeprefix("torch."), "tokens": tokens, "adapter": name, "by": library}
-                extra = {
-                    "launches": counter.launches - bare.launches,
-                    "megabytes": round((counter.bytes - bare.bytes) / 1e6),
-                }
-                rows.append(row | extra)
-                if args.log and library == "loraloom":
-                    console.print(row)
-                    for line in counter.log:
-                        console.print(f"  {line[0]:40} {line[1]:9.1f} MB")
+                add(name, dtype, tokens, library, count(config, dtype, tokens), bare)
+    bare = Counter()
+    for adapters in (1, 8, 32):
+        for library, config in zip(("PEFT", "loraloom"), configs()["LoRA"], strict=True):
+            counter = count_mixed(config, torch.bfloat16, TOKENS, adapters)
+            add(f"adapter_names, {adapters}, forward with the base", torch.bfloat16, TOKENS, library, counter, bare)
     table = Table(title=f"{WIDTH} wide, r {RANK}, float32 adapter, forward and backward, less the bare layer")
     for heading in rows[0]:
         table.add_column(heading, justify="right" if heading in ("tokens", "launches", "megabytes") else "left")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loraloom.update.composition import CONSTRAINTS, Composition, LayerComposition, Tie, member_weights, project
+from loraloom.update.simplex import project_simplex
 
 MEMBERS = [{"name": name, "source": "here", "sha256": ""} for name in "abc"]
 
@@ -146,3 +147,32 @@ def test_from_dict_refuses_unknown_and_missing_keys():
         Composition.from_dict({"members": MEMBERS, "ranks": {}, "wings": 2})
     with pytest.raises(ValueError, match="ranks is missing"):
         Composition.from_dict({"members": MEMBERS})
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_weights_never_wait_for_the_device_and_compile(constraint):
+    """Tensors on the meta device have no values to wait for; a break in the graph would be an error."""
+    layer = LayerComposition(composition(constraint=constraint), "x.0.q")
+    layer.gate(nn.Parameter(layer.start().to("meta")))
+    layer = LayerComposition(composition(constraint=constraint), "x.0.q")
+    v = nn.Parameter(layer.start() + torch.tensor([0.5, 0.1, -0.2, 0.3])[: len(layer.start())])
+
+    def run():
+        return layer.gate(v).square().sum()
+
+    values = []
+    for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        loss = f()
+        values.append((loss.detach(), *torch.autograd.grad(loss, v)))
+    torch.testing.assert_close(values[1], values[0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_projection_among_some_is_that_of_these_alone(seed):
+    generator = torch.Generator().manual_seed(seed)
+    v = 3 * torch.randn(9, generator=generator)
+    among = torch.rand(9, generator=generator) < 0.5
+    among[seed] = True
+    projected = project(v, among)
+    torch.testing.assert_close(projected[among], project_simplex(v[among]))
+    assert not projected[~among].any()

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraloom.update import node
 from loraloom.update.linear import adapted_linear
 from loraloom.update.node import AdaptedLinear
 from loraloom.update.rescale import Rescaled, rescale
-from loraloom.update.terms import Term, fold, stack
+from loraloom.update.terms import Term, fold, scale, stack
 from loraloom.update.update import Update, row_norm
 from tests.tuner.support import assert_near
 
@@ -24,6 +25,16 @@ COMBINATION_IDS = [
     for c in COMBINATIONS
 ]
 every_combination = pytest.mark.parametrize(("mixer", "gate", "dora", "bias"), COMBINATIONS, ids=COMBINATION_IDS)
+
+
+class CountLaunches(TorchDispatchMode):
+    """Counts the operations that are no views."""
+
+    launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.launches += not (func.is_view or "split" in func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def tensors(mixer, gate, dora, bias, dtype=torch.float64, rank=R):
@@ -256,3 +267,20 @@ def test_the_factored_norm_is_the_norm(sizes, size, seed):
     B = B * size
     exact = (W.double() + B.double() @ A.double()).norm(dim=1)
     assert_near(row_norm(W, A, B), exact, torch.float32, factor=10)
+
+
+@pytest.mark.parametrize("gates", ["none", "some", "all"])
+@pytest.mark.parametrize("scalings", [[0.5] * 6, [0.5, 2.0, 0.5, 1.0, 3.0, 0.5]], ids=["equal", "unequal"])
+def test_a_sum_of_adapters_makes_no_tensor_for_each_of_them(scalings, gates):
+    """Beside the two stacked factors: the stacked gates, and their product with the scalings."""
+    terms = [
+        Term(torch.randn(2, IN), torch.randn(OUT, 2), None, torch.ones(1) if i < open_gates else None, s)
+        for i, s in enumerate(scalings)
+        for open_gates in [{"none": 0, "some": 3, "all": 6}[gates]]
+    ]
+    stack(terms)  # constants are made once
+    with CountLaunches() as counter:
+        term = stack(terms)
+    assert counter.launches == 2 + (gates != "none") * (1 + (len({*scalings}) > 1))
+    expected = sum(t.scaling * (t.B @ t.A) for t in terms)
+    torch.testing.assert_close((term.B * scale(term)) @ term.A, expected)

@@ -14,6 +14,7 @@ from loraloom.tuner import init as initialization
 from loraloom.tuner.composition import Factor
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.merging import MergingLayer
+from loraloom.tuner.mixed_batch import samples_of
 from loraloom.tuner.peft_internals import gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache
 from loraloom.update.composition import LayerComposition
@@ -312,11 +313,21 @@ class LoomLayer(nn.Module, MergingLayer):
             )
         if self.merged:
             raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
+        names = [name for name in dict.fromkeys(adapter_names) if self.has_adapter(name)]
+        if len(names) == 1 and adapter_names.count(names[0]) == len(x):
+            return self.adapted_forward(x, names, *args, **kwargs)
+        # Nobody else has the base layer's output yet, so it is changed in place.
         result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if self.has_adapter(name):
-                index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                result = result.index_copy(0, index, self.adapt(result[index], x[index], [name]))
+        places = samples_of(adapter_names, x.device)
+        for name in names:
+            index = places[name]
+            part = x.index_select(0, index)
+            if self.magnitude(name) is None and name not in self.compositions:
+                change = self.low_rank(part, self.stacked([name]), self.dropout[name] if self.training else 0.0)
+            else:
+                before = result.index_select(0, index)
+                change = self.adapt_together([name], part, before) - before
+            result.index_add_(0, index, change.to(result.dtype))
         return result
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -10,6 +11,7 @@ from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.peft_internals import features_of
 from loraloom.update.linear import adapted_linear
+from loraloom.update.terms import Term, scale
 
 
 def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
@@ -49,6 +51,12 @@ class LoomLinear(LoomLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT can turn the delta of a linear layer into a LoRA; of others it would write one that loads wrong."""
         return adapter_name not in self.holder("member_bias")
+
+    def low_rank(self, x: Tensor, term: Term, dropout: float) -> Tensor:
+        h = F.linear((F.dropout(x, dropout) if dropout else x).to(term.A.dtype), term.A)
+        if term.M is not None:
+            h = F.linear(h, term.M)
+        return F.linear((h * scale(term)).to(term.B.dtype), term.B)
 
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]

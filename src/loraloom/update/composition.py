@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from loraloom.update.simplex import project_simplex
+from loraloom.update.simplex import nearest_in_simplex
 
 CONSTRAINTS = ("softmax", "scaled_softmax", "simplex", "free")
 SCOPES = ("layer", "module_type", "model")
@@ -129,9 +129,7 @@ def member_weights(v: Tensor, present: Tensor | None, constraint: str, total: fl
 
 def project(v: Tensor, among: Tensor | None) -> Tensor:
     """The nearest point to v (N,) of the simplex over the members of a mask (N,) (None: all); others get 0."""
-    if among is None:
-        return project_simplex(v)
-    return torch.zeros_like(v).masked_scatter(among, project_simplex(v[among]))
+    return nearest_in_simplex(v if among is None else v.masked_fill(~among, float("-inf")))
 
 
 class Tie:

@@ -68,7 +68,7 @@ def project_simplex(w: Tensor, radius: float = 1.0) -> Tensor:
     """
     _check_vector(w)
     _check_radius(radius)
-    return _simplex(w, radius)
+    return nearest_in_simplex(w, radius)
 
 
 def project_simplex_k_sparse(w: Tensor, k: int, radius: float = 1.0) -> Tensor:
@@ -93,7 +93,7 @@ def project_simplex_k_sparse(w: Tensor, k: int, radius: float = 1.0) -> Tensor:
     _check_k(k, w)
     _check_radius(radius)
     kept = _largest(w, k)
-    return torch.zeros_like(w).index_copy(0, kept, _simplex(w[kept], radius))
+    return torch.zeros_like(w).index_copy(0, kept, nearest_in_simplex(w[kept], radius))
 
 
 class Constraint(Protocol):
@@ -142,7 +142,8 @@ def _largest(score: Tensor, k: int) -> Tensor:
     return torch.sort(score, descending=True, stable=True).indices[:k]
 
 
-def _simplex(w: Tensor, radius: float) -> Tensor:
+def nearest_in_simplex(w: Tensor, radius: float = 1.0) -> Tensor:
+    """:func:`project_simplex` without its check, which waits for the device. An entry of -inf becomes 0, NaN stays."""
     # MPS has no float64.
     wide = w.to(torch.float32 if w.device.type == "mps" else torch.float64)
     # A constant shift does not move the projection, and entries more than `radius` below the largest project to zero

@@ -6,6 +6,7 @@ MoSLoRA 2406.11909 (M), WeightLoRA 2506.02724 (g).
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -54,18 +55,35 @@ def scale(term: Term) -> Tensor | float:
 def stack(terms: Sequence[Term]) -> Term:
     """One term equal to the sum of several: the As above each other, the Bs side by side (exact, any ranks).
 
-    Mixers are multiplied into A, scales become a gate with one entry per row of A. Differentiable.
+    Mixers are multiplied into A; gates and unequal scalings become a gate with one entry per row of A. Differentiable.
     """
     if len(terms) == 1:
         return terms[0]
-    gates = [
-        torch.full((t.A.shape[0],), t.scaling, device=t.A.device, dtype=compute_dtype(t.A))
-        if t.gate is None
-        else (t.gate * t.scaling).expand(t.A.shape[0])
-        for t in terms
-    ]
     A = torch.cat([t.A if t.M is None else t.M.to(t.A.dtype) @ t.A for t in terms])
-    return Term(A, torch.cat([t.B for t in terms], dim=1), None, torch.cat(gates))
+    B = torch.cat([t.B for t in terms], dim=1)
+    ranks, scalings = tuple(t.A.shape[0] for t in terms), tuple(t.scaling for t in terms)
+    gate = None
+    if any(t.gate is not None for t in terms):
+        ones = _per_row((1.0,) * len(terms), ranks, A)
+        gates = zip(terms, ones.split(ranks), strict=True)
+        gate = torch.cat([one if t.gate is None else t.gate.expand(len(one)) for t, one in gates])
+    if all(s == scalings[0] for s in scalings):
+        return Term(A, B, None, gate, scalings[0])
+    rows = _per_row(scalings, ranks, A)
+    return Term(A, B, None, rows if gate is None else gate * rows)
+
+
+def _per_row(values: tuple[float, ...], ranks: tuple[int, ...], A: Tensor) -> Tensor:
+    """One number for each row of A, from one for each term."""
+    make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
+    return make(values, ranks, A.device, compute_dtype(A))
+
+
+@lru_cache(maxsize=64)  # sums of many adapters would else make as many small tensors in each layer
+def _constant(values: tuple[float, ...], ranks: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # a constant made while generating is saved in training
+        rows = [value for value, rank in zip(values, ranks, strict=True) for _ in range(rank)]
+        return torch.tensor(rows, device=device, dtype=dtype)
 
 
 def fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
