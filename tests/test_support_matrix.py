@@ -169,7 +169,9 @@ def merged_mixed_batch() -> None:
 REFUSED = {
     "an embedding with `max_norm`": lambda: adapt(nn.Embedding(4, 4, max_norm=1.0)),
     "`nn.ConvTranspose2d`, and every layer not in the first table": lambda: adapt(nn.ConvTranspose2d(4, 4, 3)),
-    "bare parameters (`target_parameters`)": lambda: config(target_parameters=["experts.weight"]),
+    "a magnitude on bare parameters (`target_parameters`)": lambda: get_peft_model(
+        Toy(nn.Linear(4, 4)), config(target_modules=[], target_parameters=["target.weight"], use_dora=True)
+    ),
     '`init_lora_weights="orthogonal"` with an odd rank': lambda: config(r=3, init_lora_weights="orthogonal"),
     '`"pissa"`, `"olora"` with r above the smaller side': lambda: adapt(
         nn.Linear(4, 2), r=3, init_lora_weights="pissa"

@@ -101,7 +101,6 @@ def test_the_config_survives_a_file(tmp_path):
         ("use_mixer", True),
         ("init_lora_weights", "loftq"),
         ("bias", "lora_only"),
-        ("target_parameters", ["w"]),
         ("rank_pattern", {"q": -1}),
         ("loom_format_version", 99),
     ],

@@ -77,7 +77,8 @@ class LoomConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Rows of the embedding to train besides the adapters (PEFT's trainable tokens)."""
     target_parameters: list[str] | None = None
-    """Read by PEFT; adapting bare nn.Parameters is not supported."""
+    """Names (or name endings) of bare parameters to adapt: ["experts.gate_up_proj", "experts.down_proj"] in most
+    mixtures of experts. Without ``use_dora``, dropout and the starts from the base weight."""
     allow_unmatched: bool = False
     """Warn, instead of raising, when a name in target_modules or a pattern matches nothing."""
     composition: Composition | None = None
@@ -115,11 +116,6 @@ class LoomConfig(PeftConfig):
         _one_of("use_mixer", self.use_mixer, MIXERS)
         _one_of("init_lora_weights", self.init_lora_weights, INITS)
         _one_of("bias", self.bias, BIASES)
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters={self.target_parameters!r}: loraloom adapts modules, not bare parameters. "
-                "Use target_modules, or peft.LoraConfig for these parameters."
-            )
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError(f"init_lora_weights='orthogonal' needs even ranks, got r={self.r}, {self.rank_pattern}.")
         if isinstance(self.composition, dict):

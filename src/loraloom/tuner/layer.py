@@ -18,7 +18,7 @@ from loraloom.tuner.mixed_batch import samples_of
 from loraloom.tuner.peft_internals import gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache
 from loraloom.update.composition import LayerComposition
-from loraloom.update.parts import LOOM, PARTS, Name, Shape
+from loraloom.update.parts import LOOM, PARTS, Name, Part, Shape
 from loraloom.update.rescale import rescale
 from loraloom.update.terms import Term, scaling, stack
 from loraloom.update.update import Update, row_scale
@@ -82,6 +82,10 @@ class LoomLayer(nn.Module, MergingLayer):
         """Shapes in which A and B are stored."""
         return (r, self.in_features), (self.out_features, r)
 
+    def part_shape(self, part: Part, r: int) -> Shape:
+        """Shape in which a part of rank r is stored."""
+        return cast(Any, part.shape)(*self.factor_shapes(r))
+
     def as_matrix(self, weight: Tensor) -> Tensor:
         """The base weight as W (out, in)."""
         raise NotImplementedError
@@ -106,10 +110,9 @@ class LoomLayer(nn.Module, MergingLayer):
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = scaling(r, lora_alpha, config.use_rslora)
         self.dropout[adapter_name] = config.lora_dropout
-        shapes = self.factor_shapes(r)
         for part in PARTS:
             if part.shape is not None and part.present(config):
-                empty = torch.empty(part.shape(*shapes), dtype=torch.float32 if part.float32 else dtype)
+                empty = torch.empty(self.part_shape(part, r), dtype=torch.float32 if part.float32 else dtype)
                 self.holder(part.name)[adapter_name] = Factor(empty, part.trainable)
         if config.use_dora:
             self.row_norms[adapter_name] = RowNormCache()

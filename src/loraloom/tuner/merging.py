@@ -26,6 +26,8 @@ class MergingLayer(ComposedLayer):
     as_weight: Any
     base_matrix: Any
     has_adapter: Any
+    weight_name = "weight"
+    """Name of the adapted parameter in the base layer."""
     _unmerged: Any = None
     """The base weight as it was before merging."""
     _unmerged_bias: Tensor | None = None
@@ -54,7 +56,7 @@ class MergingLayer(ComposedLayer):
         if self._unmerged is None:
             return self.base_matrix()
         if self.quantization_backend is None:
-            return self.as_matrix(self._unmerged.to(self.get_base_layer().weight.device))
+            return self.as_matrix(self._unmerged.to(self.get_base_weight().device))
         merged, self.base_layer = snapshot(self.get_base_layer()), restore(self._unmerged)
         matrix = self.base_matrix()
         self.base_layer = restore(merged)
@@ -92,9 +94,10 @@ class MergingLayer(ComposedLayer):
             base = self.get_base_layer()
             unmerged, behind = self._unmerged, self._unmerged_tensors
             if unmerged is None:
-                unmerged = base.weight.detach().to("cpu", copy=True)
-                behind = [unmerged] if "weight" in base._parameters else [t.clone() for t in tensors_behind(base)]
-            write_weight(base, merged)
+                unmerged = getattr(base, self.weight_name).detach().to("cpu", copy=True)
+                plain = self.weight_name in base._parameters
+                behind = [unmerged] if plain else [t.clone() for t in tensors_behind(base, self.weight_name)]
+            write_weight(base, merged, self.weight_name)
             self._unmerged, self._unmerged_tensors = unmerged, behind
         else:
             if self._unmerged is None:
@@ -111,7 +114,8 @@ class MergingLayer(ComposedLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self.quantization_backend is None:
-            for tensor, value in zip(tensors_behind(self.get_base_layer()), self._unmerged_tensors or (), strict=True):
+            tensors = tensors_behind(self.get_base_layer(), self.weight_name)
+            for tensor, value in zip(tensors, self._unmerged_tensors or (), strict=True):
                 tensor.copy_(value)
         else:
             self.base_layer = restore(self._unmerged)

@@ -14,6 +14,7 @@ from loraloom.errors import InputError
 from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
+from loraloom.tuner.experts import ParamWrapper
 from loraloom.tuner.layer import BASE, Factor, LoomLayer
 from loraloom.tuner.linear import LoomLinear
 from loraloom.tuner.peft_internals import (
@@ -58,6 +59,14 @@ class LoomModel(BaseTuner):
                     "belongs to another base model."
                 )
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
+        # PEFT's version asks for target_modules even where target_parameters are all that is wanted.
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            known = self.target_module_mapping.get(model_config.get("model_type"))
+            peft_config.target_modules = set(known) if isinstance(known, list) else known
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; the layers of a composition whose scope is wider than a layer are tied."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -95,10 +104,16 @@ class LoomModel(BaseTuner):
             if current_key not in composition.ranks:  # it only ends like a target
                 return
             r = alpha = sum(composition.ranks[current_key])
-        if isinstance(target, LoomLayer):
+        if isinstance(target, LoomLayer) and (parameter_name is None or _wraps(target, parameter_name)):
             target.update_layer(adapter_name, peft_config, r, alpha)
             if composition is not None:
                 target.add_composition(adapter_name, composition, current_key)
+            return
+        if parameter_name is not None:
+            wrapper = ParamWrapper(target, adapter_name, peft_config, r, alpha, parameter_name)
+            if adapter_name not in self.active_adapters:
+                wrapper.requires_grad_(False)
+            setattr(parent, target_name, wrapper)
             return
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
         new_module = _layer_class(target, backend, current_key)(target, adapter_name, peft_config, r, alpha, backend)
@@ -205,6 +220,10 @@ class LoomModel(BaseTuner):
                 "Was it trained with another configuration or base model?"
             )
         return remapped
+
+
+def _wraps(layer: LoomLayer, parameter_name: str) -> bool:
+    return isinstance(layer, ParamWrapper) and layer.parameter_name == parameter_name
 
 
 def _layer_class(target: nn.Module, backend: Any, key: str) -> Callable[..., LoomLayer]:

@@ -53,6 +53,11 @@ def _check_names(config: Any, model: nn.Module, is_target: Callable[[str], Any],
                 problems.append(_problem("target_modules", wanted, names))
     if clashes := [name for name in targets if _is_saved(name, config)]:
         problems.append(f"target_modules: {clashes[0]!r} is trained in full (modules_to_save), so it has no adapter.")
+    parameters = [name for name, _ in model.named_parameters()]
+    for wanted in config.target_parameters or ():
+        if not any(f".{name}".replace(".base_layer", "").endswith(f".{wanted}") for name in parameters):
+            problems.append(_problem("target_parameters", wanted, parameters))
+    targets += [name for name in parameters if name.endswith(tuple(f".{p}" for p in config.target_parameters or ()))]
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
