@@ -14,7 +14,11 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LoomConfig": "loraloom.tuner.config",
     "LoomModel": "loraloom.tuner.model",
+    "open_adapter": "loraloom.adapter.open",
+    "inspect_adapter": "loraloom.adapter.inspect",
+    "export_adapter": "loraloom.export.export",
     "compose": "loraloom.composition",
+    "to_lora": "loraloom.composition",
     "merge_checkpoint": "loraloom.merge.merge",
     "find_intruders": "loraloom.intruders.live",
     "reduce_intruders": "loraloom.intruders.live",

@@ -6,14 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from loraloom.errors import InputError
-from loraloom.io.files import folder_atomically
+from loraloom.io.files import folder_atomically, write_text_atomically
+from loraloom.io.stream import save_tensors
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from loraloom.io.files import folder_atomically
+from loraloom.io.files import folder_atomically, write_text_atomically
+from loraloom.io.stream import save_tensors
 with folder_atomically(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     print("writing", flush=True)
@@ -89,3 +92,23 @@ def test_a_kill_after_the_renames_leaves_nothing(tmp_path):
     write(tmp_path / "out", "3", overwrite=True)
     assert (tmp_path / "out" / "x").read_text() == "3"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_who_reads_what_is_written(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_text_atomically(tmp_path / "text", "1")
+        save_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "text"
+    write_text_atomically(path, "1")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(path, "2\ud800")
+    assert path.read_text() == "1"
+    assert os.listdir(tmp_path) == ["text"]

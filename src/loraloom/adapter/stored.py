@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_SECONDS = 1.0  # for one match of an expression that a file brings
+_SECONDS = 0.5  # for one match of an expression that a file brings
 
 
 class StoredModule(AdaptedModule):

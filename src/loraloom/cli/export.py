@@ -11,6 +11,7 @@ from rich.progress import track
 
 from loraloom.cli.options import Saving, parse, save_report
 from loraloom.errors import InputError
+from loraloom.text import printable
 
 if TYPE_CHECKING:
     from loraloom.export.export import ExportReport
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
         watch=watch,
         command=typed,
     )
-    console.print(summary(report), soft_wrap=True, highlight=False)
+    console.print(printable(summary(report)), soft_wrap=True, highlight=False, markup=False)
     if command.report is not None:
         from loraloom.report.builders.adapter import export_report
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from loraloom.cli.options import Reporting, parse, save_report
 from loraloom.errors import InputError, RunFailedError
+from loraloom.text import printable
 
 if TYPE_CHECKING:
     from loraloom.adapter.inspect import Inspection, LayerReport
@@ -73,7 +74,7 @@ def show(inspection: "Inspection", console: Console, layers: Literal["all"] | in
     """Draws the summary, the findings, the modules by kind, the first layers, and the serving table."""
     console.print(_summary(inspection), soft_wrap=True, highlight=False)
     for finding in inspection.findings:
-        console.print(Text(f"{finding.level}: {finding.message}", _STYLES[finding.level]), soft_wrap=True)
+        console.print(Text(printable(f"{finding.level}: {finding.message}"), _STYLES[finding.level]), soft_wrap=True)
     if inspection.layers:
         console.print(_kinds(inspection.layers))
         console.print(_layers(inspection.layers, len(inspection.layers) if layers == "all" else layers))
@@ -84,11 +85,16 @@ def _summary(inspection: "Inspection") -> Text:
     ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in inspection.ranks.items())
     dtypes = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in inspection.dtypes.items())
     others = f", {inspection.other_parameters:,} of them in {len(inspection.others)} tensors that are no update"
-    return Text(
+    return _plain(
         f"{inspection.path}: {inspection.method} (type {inspection.kind}) for {inspection.base or 'an unnamed base'}\n"
         f"{len(inspection.layers)} modules, rank {ranks}; {inspection.parameters:,} parameters"
         f"{others if inspection.others else ''}; {inspection.nbytes / 1e6:.1f} MB, {dtypes}"
     )
+
+
+def _plain(text: str) -> Text:
+    """Text that comes from files: neither escape sequences nor rich's markup in it are obeyed."""
+    return Text(printable(text))
 
 
 def _kinds(layers: list["LayerReport"]) -> Table:
@@ -100,7 +106,7 @@ def _kinds(layers: list["LayerReport"]) -> Table:
     for name, group in groups.items():
         columns = ("rank", "norm", "relative_norm", "effective_rank", "stable_rank")
         cells = [_spread([getattr(layer, column) for layer in group]) for column in columns]
-        table.add_row(f"{len(group)} {name}", *cells, str(sum(layer.zero is not None for layer in group)))
+        table.add_row(_plain(f"{len(group)} {name}"), *cells, str(sum(layer.zero is not None for layer in group)))
     return table
 
 
@@ -130,7 +136,7 @@ def _layers(layers: list["LayerReport"], count: int) -> Table:
         numbers = (layer.gate, layer.norm, layer.relative_norm, layer.effective_rank, layer.stable_rank)
         note = layer.zero or ("" if layer.finite else "NaN or infinity")
         cells = ["-" if number is None else f"{number:.2g}" for number in numbers]
-        table.add_row(layer.module, str(layer.rank), *cells, Text(note, "red"))
+        table.add_row(_plain(layer.module), str(layer.rank), *cells, Text(note, "red"))
     return table
 
 
@@ -138,6 +144,8 @@ def _serving(verdicts: list["Verdict"]) -> Text:
     text = Text("\nServing\n", end="")
     for verdict in verdicts:
         reasons = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
-        text.append_text(Text.assemble(f"{verdict.server}: ", (verdict.effect, _EFFECTS[verdict.effect]), reasons))
-        text.append(f"\n  {verdict.run}\n")
+        text.append_text(
+            Text.assemble(f"{verdict.server}: ", (verdict.effect, _EFFECTS[verdict.effect]), printable(reasons))
+        )
+        text.append(f"\n  {printable(verdict.run)}\n")
     return text

@@ -82,7 +82,9 @@ def main(arguments: Sequence[str]) -> None:
             soft_wrap=True,
         )
     if command.out is not None:
-        console.print(f"Written to {command.out}, with scale {command.scale:g}", highlight=False, soft_wrap=True)
+        console.print(
+            f"Written to {command.out}, with scale {command.scale:g}", highlight=False, soft_wrap=True, markup=False
+        )
     if command.report is not None:
         from loraloom.report.builders import intruder_report
 

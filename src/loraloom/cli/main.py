@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 the run failed, or an unexpected error; 2 wrong input; 130 interrupted.
 """
 
+import errno
 import importlib
 import sys
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from loraloom import __version__
 from loraloom.errors import InputError, RunFailedError, RunInterruptedError
-from loraloom.text import did_you_mean
+from loraloom.text import did_you_mean, printable
 
 VERBS = {
     "quickstart": "fine-tune a real model on real text in a few minutes, without the hub",
@@ -38,6 +39,10 @@ options:
 exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted"""
 
 
+# Of an OSError: what another path or a free disk mends.
+_THE_USERS = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code. A wrong input is one line on stderr, with a traceback only on `--debug`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -61,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report("interrupted; nothing new was saved", 130, debug)
     except RunFailedError as error:
         return _report(str(error), 1, debug)
+    except OSError as error:
+        if error.errno not in _THE_USERS:
+            return _report(f"{error} (run again with --debug for the traceback)", 1, debug)
+        return _report(f"{error.filename or 'the output'}: {error.strerror}", 2, debug)
     except Exception as error:
         message = " ".join(str(error).split())[:500]
         return _report(f"{type(error).__name__}: {message} (run again with --debug for the traceback)", 1, debug)
@@ -70,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"loraloom: {message}", file=sys.stderr)
+    print(f"loraloom: {printable(message)}", file=sys.stderr)
     return code
 
 

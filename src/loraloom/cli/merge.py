@@ -14,6 +14,7 @@ from rich.filesize import decimal
 
 from loraloom.cli.options import Saving, parse, save_report
 from loraloom.errors import InputError
+from loraloom.text import printable
 
 if TYPE_CHECKING:
     from loraloom.merge.result import MergeResult
@@ -119,4 +120,4 @@ def _show(result: "MergeResult", console: Console) -> None:
             f"{check['adapter_effect']:.2g}; the top choice is the same at {check['top1_agreement']:.2%} of positions."
         )
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)

@@ -66,7 +66,7 @@ class Saving(Reporting):
 
         with console.status(f"Uploading to {self.push}"):
             address = push_folder(Path(folder), self.push, self.private)
-        console.print(f"Pushed: {address}", highlight=False, soft_wrap=True)
+        console.print(f"Pushed: {address}", highlight=False, soft_wrap=True, markup=False)
 
 
 def save_report(report: "Report", directory: str | Path, console: Console) -> None:
@@ -77,7 +77,7 @@ def save_report(report: "Report", directory: str | Path, console: Console) -> No
         written = write_report(report, directory)
     if written.missing:
         console.print(written.missing, highlight=False, soft_wrap=True)
-    console.print(f"Report: {written.page or written.data}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {written.page or written.data}", highlight=False, soft_wrap=True, markup=False)
 
 
 def parse(verb: str, command: type, arguments: Sequence[str]) -> Any:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraloom.adapter.protocol import AdaptedModule, Adapter
 from loraloom.adapter.serving import allowed_rank, features, kind_of_other, serving_data
 from loraloom.adapter.stored import CONFIG, PREFIX, WEIGHTS
 from loraloom.errors import InputError, RunFailedError
+from loraloom.io.stream import save_tensors
 from loraloom.update.lowrank import best_approximation, factored_svd, truncate
 
 # Target -> the programs of serving.yaml that must take the result.
@@ -163,10 +163,8 @@ class ExportPlan:
                 tensors[f"{PREFIX}{name}.lora_B.bias"] = (
                     torch.zeros(B.shape[0], dtype=self.dtype) if bias is None else bias.to(self.dtype)
                 )
-        # Copies, as tensors of a model may be one (a tied head), which safetensors refuses.
-        tensors |= {key: tensor.detach().clone() for key, tensor in self.adapter.other_tensors()}
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        tensors |= dict(self.adapter.other_tensors())
+        save_tensors(folder / WEIGHTS, tensors)
         config = self._config(with_bias)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

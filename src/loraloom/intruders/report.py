@@ -4,8 +4,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from loraloom.intruders.find import LayerIntruders
+from loraloom.text import printable
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class IntruderReport:
         for layer in self.layers:
             smallest = f"{'' if layer.exact else '< '}{min(layer.cosines):.3f}" if layer.intruders else ""
             norm = "" if layer.relative_norm is None else f"{layer.relative_norm:.4f}"
-            row = [
-                layer.name,
+            row: list[str | Text] = [
+                Text(printable(layer.name)),
                 f"{len(layer.intruders)} of {len(layer.cosines)}",
                 smallest,
                 f"{layer.effective_rank:.1f}/{layer.rank}",

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from loraloom.adapter.open import open_stored
 from loraloom.adapter.protocol import AdaptedModule
@@ -28,6 +27,7 @@ from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
 from loraloom.intruders.solvers.matrix import RELATIVE_ZERO, squared_norms
 from loraloom.intruders.solvers.topk import Triplets
 from loraloom.io.files import check_apart, folder_atomically
+from loraloom.io.stream import save_tensors
 from loraloom.update.lowrank import factored_svd
 
 Watch = Callable[[Sequence[StoredModule]], Iterable[StoredModule]]
@@ -110,11 +110,7 @@ def reduce_stored_intruders(
             tensors |= {module.tensors[part]: tensor.contiguous() for part, tensor in parts.items()}
             found.append(_without_vectors(analysed))
         config = _resized(adapter, ranks)
-        save_file(
-            {key: tensors[key] for key in adapter.checkpoint if key in tensors},
-            folder / WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        save_tensors(folder / WEIGHTS, {key: tensors[key] for key in adapter.checkpoint if key in tensors})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report = IntruderReport(str(adapter.path), top_k, epsilon, found, scale, scope, rank, errors)
         write_card(intruders_card(report, str(out), adapter, serving_rows(folder, out), command), folder)

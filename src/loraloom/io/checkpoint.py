@@ -77,7 +77,10 @@ class Checkpoint:
 
     def dtype(self, key: str) -> torch.dtype:
         """The tensor's dtype, from the header."""
-        return DTYPES[self._entry(key)["dtype"]]
+        name = self._entry(key)["dtype"]
+        if name not in DTYPES:
+            raise InputError(f"{self.path}: {key!r} is stored as {name}, which is not read", code="dtype")
+        return DTYPES[name]
 
     def nbytes(self, key: str) -> int:
         """The tensor's size on disk, in bytes."""
@@ -172,8 +175,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}", code="json") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, expected an object")
     return value

@@ -1,12 +1,15 @@
 """Writing files so that a reader never sees half of one."""
 
-import fcntl
+import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 from loraloom.errors import InputError
 
@@ -17,17 +20,21 @@ def write_text_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: the folder is missing or not writable; `path` is then as it was before.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with file_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def file_atomically(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under; it becomes `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # a plain file: the umask decides who reads it
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
+        yield temporary
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -48,12 +55,7 @@ def folder_atomically(path: Path, overwrite: bool = False) -> Iterator[Path]:
     new, old = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "replaced"))
     path.parent.mkdir(parents=True, exist_ok=True)
     new.mkdir(exist_ok=True)
-    lock = os.open(new, os.O_RDONLY)  # on the folder itself: the kernel frees it however a process ends
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing {path} now: wait for it, or choose another folder") from None
+    with _locked(path):
         try:
             if old.exists() and not path.exists():
                 old.rename(path)
@@ -69,8 +71,24 @@ def folder_atomically(path: Path, overwrite: bool = False) -> Iterator[Path]:
         except BaseException:
             _remove(new)
             raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time; the system frees the lock however the process ends."""
+    # Not beside the folder: a rename on Windows cannot move an open file, and a lock that is removed is no lock.
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"loraloom-{name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(
+            f"another process is writing {path} now: wait for it, or choose another folder", code="locked"
+        ) from None
+    try:
+        yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def check_apart(out: Path, inputs: Iterable[Path]) -> None:

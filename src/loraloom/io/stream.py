@@ -19,6 +19,12 @@ from loraloom.io.checkpoint import DTYPES
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as PyTorch's, readable by whom the umask lets (safetensors' own files are the owner's alone)."""
+    sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_safetensors(path, sizes, lambda name: [tensors[name].detach().cpu()], {"format": "pt"})
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],

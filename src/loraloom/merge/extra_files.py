@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from loraloom.errors import InputError
+from loraloom.merge.result import RESULT
+
 # Weights in other formats, which would be those before the merge, and what training leaves behind.
 # fmt: off
 _OTHER_FORMATS = frozenset((
@@ -30,13 +33,21 @@ _TOKENIZER = (
 def other_files(folder: Path, out: Path) -> dict[str, Path]:
     """Every file of a model's folder that is no part of its weights, and not hidden.
 
-    Checkpoints of training and adapters in folders of their own are left; so is `out`, should it be in there.
+    Checkpoints of training, adapters and earlier results in folders of their own are left; so is `out`, should it be
+    in there.
 
     Returns:
         The path within the folder -> the file.
+
+    Raises:
+        InputError: a file is a link that leads out of the folder (and of the hub's cache).
     """
     found = {}
-    left = [path.parent for path in folder.rglob("adapter_config.json") if path.parent != folder]
+    own = ("adapter_config.json", RESULT)
+    left = [path.parent for name in own for path in folder.rglob(name) if path.parent != folder]
+    inside = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # the hub's cache, whose files are links
+        inside.append(folder.parent.parent.resolve() / "blobs")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not path.is_file() or any(part.startswith((".", "checkpoint-")) for part in name.parts):
@@ -46,8 +57,14 @@ def other_files(folder: Path, out: Path) -> dict[str, Path]:
         if path.name == "adapter_config.json":
             continue
         # Safetensors below are of another part of a pipeline, such as sentence-transformers' dense layers.
+        if not any(parent in path.resolve().parents for parent in inside):
+            raise InputError(
+                f"{path} is a link to {path.resolve()}, out of the model's folder: it would be copied; remove it, or "
+                "put a copy in its place",
+                code="link",
+            )
         weights = path.suffix in _OTHER_FORMATS or (path.parent == folder and path.suffix == ".safetensors")
-        if not weights and not path.name.endswith(_INDEX) and path.name != "merge.json":
+        if not weights and not path.name.endswith(_INDEX) and path.name != RESULT:
             found[str(name)] = path
     return found
 

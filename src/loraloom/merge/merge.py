@@ -28,9 +28,8 @@ from loraloom.merge.card import merge_card
 from loraloom.merge.edits import Change, merged_blocks
 from loraloom.merge.extra_files import other_files, tokenizer_files
 from loraloom.merge.plan import Plan, plan_merge
-from loraloom.merge.result import MergeResult
+from loraloom.merge.result import RESULT, MergeResult
 
-RESULT = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a repository of the hub may hold besides weights; its pickles and weights of other formats are not loaded.
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*")

@@ -7,6 +7,8 @@ import torch
 
 from loraloom import __version__
 
+RESULT = "merge.json"
+
 
 @dataclass
 class MergeResult:
