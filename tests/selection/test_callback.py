@@ -8,6 +8,7 @@ import torch
 from transformers import BertForSequenceClassification, Trainer, TrainerState, TrainingArguments
 
 from loraloom import LoomConfig
+from loraloom.errors import InputError
 from loraloom.selection import AdapterSelection, HalveAndDouble, SelectionCallback
 from tests.models import bert_classifier
 
@@ -84,15 +85,17 @@ def test_resumed_in_any_phase_equals_uninterrupted_bit_for_bit(straight, tmp_pat
 def test_resuming_without_restoring_is_an_error(straight, tmp_path) -> None:
     folder, _, _ = straight
     trainer, _ = build(tmp_path)
-    with pytest.raises(ValueError, match=r"the Trainer is at step 4, the selection at step 0: call selection.restore"):
+    with pytest.raises(InputError) as caught:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert caught.value.code == "not-restored"
 
 
 def test_loading_the_best_model_at_the_end_is_refused(tmp_path) -> None:
     trainer, _ = build(tmp_path)
     trainer.args.load_best_model_at_end = True
-    with pytest.raises(ValueError, match="load_best_model_at_end=True may load a checkpoint with other adapters"):
+    with pytest.raises(InputError) as caught:
         trainer.train()
+    assert caught.value.code == "best-model"
 
 
 def test_what_was_dropped_stays_frozen_when_peft_switches_adapters_on_again(tmp_path) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from loraloom import LoomConfig
-from loraloom.optim import KSparse, Simplex, build_optimizer
+from loraloom.errors import InputError
+from loraloom.optim import KSparse, Simplex, SimplexKSparse, build_optimizer
 from loraloom.selection import AdapterSelection, FillBudget, HalveAndDouble, format_selection
 from loraloom.selection.rewire import adapted_layers, count_parameters, factors
 from loraloom.tuner.layer import LoomLayer
@@ -278,52 +279,83 @@ def test_no_gradient_for_any_gate_is_an_error_not_a_selection_by_index() -> None
 def test_an_unknown_length_is_an_error_at_the_first_step_and_start_sets_it() -> None:
     model = adapted()
     selection = AdapterSelection(model, optimizer_for(model), 2)
-    with pytest.raises(ValueError, match="fractions of a run of unknown length: pass total_steps"):
+    with pytest.raises(InputError) as caught:
         train(model, selection.optimizer, [0])
+    assert caught.value.code == "unknown-length"
     selection.start(20)
     train(model, selection.optimizer, range(20))
     assert len(selection.kept) == 2
-    with pytest.raises(ValueError, match="the run has 5: lower select_until"):
+    with pytest.raises(InputError) as caught:
         AdapterSelection(model := adapted(), optimizer_for(model), 2, select_until=9, total_steps=5)
+    assert caught.value.code == "schedule"
 
 
 def build_with(**changes) -> AdapterSelection:
     model = adapted(**changes.pop("model", {}))
     optimizer = build_optimizer(model, changes.pop("optimizer", "weight_adam"), lr=1e-3)
-    return AdapterSelection(model, optimizer, changes.pop("keep", 2), **{**SCHEDULE, **changes})
+    return AdapterSelection(model, optimizer, changes.pop("keep", None), **{**SCHEDULE, **changes})
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code"),
     [
-        ({"optimizer": "adamw"}, "the optimizer is a AdamW; selection needs loraloom.optim.WeightAdam"),
-        ({"model": {"use_gate": False}}, r"has no gates; make it with LoomConfig.weightlora"),
-        ({"model": {"use_dora": True}}, "uses DoRA, whose magnitude still rescales"),
-        ({"model": {"bias": "loom_only"}}, "biases of its layers, which a checkpoint would not hold"),
-        ({"keep": 7}, "keep=7 is out of range: pass 1 to 6 adapters"),
-        ({"keep": 0}, "keep=0 is out of range"),
-        ({"keep": 1.5}, "keep=1.5 is out of range"),
-        ({"expand": HalveAndDouble(times=3)}, "raises the rank of layers.0.up to 16, which can be at most 8"),
+        ({"optimizer": "adamw"}, "optimizer"),
+        ({"model": {"use_gate": False}}, "no-gates"),
+        ({"model": {"use_dora": True}}, "dora"),
+        ({"model": {"bias": "loom_only"}}, "bias"),
+        ({"keep": 7}, "out-of-range"),
+        ({"keep": 0}, "out-of-range"),
+        ({"keep": 1.5}, "out-of-range"),
+        ({"constraint": "l1"}, "unknown-choice"),
+        ({"keep": 2, "constraint": "simplex"}, "exclusive"),
+        ({"constraint": "sparse_simplex", "by": "magnitude"}, "exclusive"),
+        ({"radius": 3.0}, "exclusive"),
+        ({"expand": HalveAndDouble(times=3)}, "out-of-range"),
     ],
     ids=str,
 )
-def test_what_cannot_be_selected_is_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_selected_is_refused(changes: dict, code: str) -> None:
+    with pytest.raises(InputError) as caught:
         build_with(**changes)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "constraint"),
+    [
+        ({}, KSparse(3)),
+        ({"keep": 2, "by": "magnitude"}, KSparse(2, "magnitude")),
+        ({"keep": KSparse(4, nonnegative=True)}, KSparse(4, nonnegative=True)),
+        ({"constraint": "simplex", "radius": 2.0}, Simplex(2.0)),
+        ({"constraint": "sparse_simplex", "keep": 0.34, "radius": 2.0}, SimplexKSparse(2, 2.0)),
+    ],
+    ids=str,
+)
+def test_each_set_is_what_the_gates_end_in(options: dict, constraint) -> None:
+    selection = run(steps=9, **{"keep": None, **options}, **SCHEDULE)
+    assert selection.constraint == constraint
+    last = torch.tensor([gate for gate in selection.history[-1]["gates"] if gate])
+    assert len(selection.kept) == len(last) <= 6
+    assert len(last) <= getattr(constraint, "k", 6)
+    if hasattr(constraint, "radius"):
+        assert float(last.sum()) == pytest.approx(constraint.radius, rel=1e-5)
+        assert (last > 0).all()
 
 
 def test_merged_foreign_and_used_models_are_refused() -> None:
     model = adapted()
     optimizer = optimizer_for(model)
+    codes = []
     model.merge_adapter()
-    with pytest.raises(ValueError, match="is merged: call unmerge_adapter"):
+    with pytest.raises(InputError) as caught:
         AdapterSelection(model, optimizer, 2, **SCHEDULE)
+    codes.append(caught.value.code)
     model.unmerge_adapter()
-    with pytest.raises(
-        ValueError, match="the optimizer holds 6 gates, adapter 'default' has 6, and they must be the same"
-    ):
+    with pytest.raises(InputError) as caught:
         AdapterSelection(model, optimizer_for(adapted()), 2, **SCHEDULE)
+    codes.append(caught.value.code)
     selection = AdapterSelection(model, optimizer, 2, **SCHEDULE)
     train(model, optimizer, range(3))
-    with pytest.raises(ValueError, match="this selection of 6 adapters is at step 3; the state is of 6 adapters"):
+    with pytest.raises(InputError) as caught:
         selection.load_state_dict(selection.state_dict())
+    assert [*codes, caught.value.code] == ["merged", "optimizer", "other-state"]

@@ -54,6 +54,24 @@ def test_only_the_kept_adapters_are_left_and_reload(classification):
     assert evaluate_saved(folder) == result.after
 
 
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        ({"constraint": "sparse_simplex", "keep": 4, "radius": 4.0}, 4),
+        ({"constraint": "simplex", "radius": 0.5}, None),
+        ({"by": "magnitude", "keep": 3}, 3),
+    ],
+    ids=str,
+)
+def test_every_set_selects(classification, keys, count):
+    config = with_training(with_method(classification, "weightlora", **keys, **PHASES), max_steps=8)
+    result = fit.train(with_optimizer(config, gate_lr=0.5))
+    gates = [adapter["gate"] for adapter in kept(result).values()]
+    assert 1 <= len(gates) <= (count or 13)
+    if "radius" in keys:
+        assert sum(gates) == pytest.approx(keys["radius"], rel=1e-5)
+
+
 def test_gates_go_to_the_tracker_while_there_are_any(classification, monkeypatch):
     logged = []
 
@@ -136,6 +154,8 @@ def test_another_method_in_the_folder_leaves_no_selection_behind(classification)
     [
         ({"keep": 14}, r"method: keep=14 is out of range: pass 1 to 13 adapters"),
         ({"keep": 1.0}, r"method: keep=1\.0 is out of range"),
+        ({"constraint": "simplex", "keep": 4}, r"method: keep=4 is not for constraint='simplex'"),
+        ({"constraint": "simplex", "by": "magnitude"}, r"method: by='magnitude' is for constraint='k_sparse'"),
         ({"use_gate": False}, r"method: .*no gates"),
         ({"use_dora": True}, r"method: .*set use_dora=False"),
         ({"warmup_steps": 9, "select_until": 5}, r"method: select_until=5 leaves no step to select"),

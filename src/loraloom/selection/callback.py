@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from loraloom.errors import InputError
 from loraloom.selection.selection import AdapterSelection
 from loraloom.text import place, text_table
 
@@ -27,15 +28,17 @@ class SelectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.load_best_model_at_end:
-            raise ValueError(
+            raise InputError(
                 "load_best_model_at_end=True may load a checkpoint with other adapters than the model then has: set it "
-                "to False, and load the checkpoint you want afterwards"
+                "to False, and load the checkpoint you want afterwards",
+                code="best-model",
             )
         self.selection.start(state.max_steps)
         if self.selection.step != state.global_step:
-            raise ValueError(
+            raise InputError(
                 f"the Trainer is at step {state.global_step}, the selection at step {self.selection.step}: call "
-                "selection.restore(checkpoint) before trainer.train(resume_from_checkpoint=checkpoint)"
+                "selection.restore(checkpoint) before trainer.train(resume_from_checkpoint=checkpoint)",
+                code="not-restored",
             )
         # With several adapters the Trainer's loading ends in set_adapter, which makes all of this one trainable.
         self.selection.freeze(self.selection.frozen)

@@ -9,6 +9,8 @@ fixed        the rest                                  the gates are part of B; 
 from dataclasses import dataclass
 from typing import Literal
 
+from loraloom.errors import InputError
+
 Phase = Literal["warm-up", "selecting", "expanding", "fixed"]
 
 
@@ -26,7 +28,7 @@ class HalveAndDouble:
     def __post_init__(self) -> None:
         for name in ("times", "every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: pass 1 or more")
+                raise InputError(f"{name}={getattr(self, name)} is out of range: pass 1 or more", code="out-of-range")
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ class Phases:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} is negative: pass 0 or more")
+            raise InputError(f"warmup_steps={self.warmup_steps} is negative: pass 0 or more", code="out-of-range")
         if self.select_every < 1:
-            raise ValueError(f"select_every={self.select_every} is out of range: pass 1 or more")
+            raise InputError(f"select_every={self.select_every} is out of range: pass 1 or more", code="out-of-range")
         if self.select_until <= self.warmup_steps:
-            raise ValueError(
+            raise InputError(
                 f"select_until={self.select_until} leaves no step to select after warmup_steps={self.warmup_steps}: "
-                "pass a later step"
+                "pass a later step",
+                code="schedule",
             )
 
     @property
@@ -104,14 +107,15 @@ def resolve_phases(
     """The schedule in whole steps; a float below 1 is a fraction of ``total_steps``.
 
     Raises:
-        ValueError: a fraction is given, but total_steps is not; or the schedule does not fit into total_steps.
+        InputError: a fraction is given, but total_steps is not; or the schedule does not fit into total_steps.
     """
     whole = []
     for name, value in (("warmup_steps", warmup_steps), ("select_until", select_until)):
         if is_fraction(value):
             if total_steps is None:
-                raise ValueError(
-                    f"{name}={value} is a fraction of a run of unknown length: pass total_steps, or whole steps"
+                raise InputError(
+                    f"{name}={value} is a fraction of a run of unknown length: pass total_steps, or whole steps",
+                    code="unknown-length",
                 )
             value = round(value * total_steps)
         whole.append(int(value))
@@ -119,7 +123,8 @@ def resolve_phases(
     until = max(whole[1], whole[0] + 1) if is_fraction(select_until) else whole[1]
     phases = Phases(whole[0], select_every, until, expand)
     if total_steps is not None and phases.fixed_from > total_steps:
-        raise ValueError(
-            f"selecting and expanding take {phases.fixed_from} steps, the run has {total_steps}: lower select_until"
+        raise InputError(
+            f"selecting and expanding take {phases.fixed_from} steps, the run has {total_steps}: lower select_until",
+            code="schedule",
         )
     return phases

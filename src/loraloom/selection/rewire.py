@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loraloom.errors import InputError
 from loraloom.optim import remove_parameters, replace_parameter
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.embedding import LoomEmbedding
@@ -113,14 +114,15 @@ def expand_ranks(
         The condition number of each widened factor, by layer name.
 
     Raises:
-        ValueError: a rank is lower than the present one, or larger than the factor can be orthogonal in.
+        InputError: a rank is lower than the present one, or larger than the factor can be orthogonal in.
     """
     layers = adapted_layers(model, adapter)
     for name, r in ranks.items():
         if not layers[name].r[adapter] <= r <= largest_rank(layers[name], adapter):
-            raise ValueError(
+            raise InputError(
                 f"rank {r} for {name} is out of range: it can be {layers[name].r[adapter]} to "
-                f"{largest_rank(layers[name], adapter)}"
+                f"{largest_rank(layers[name], adapter)}",
+                code="out-of-range",
             )
     generator = torch.Generator().manual_seed(seed)
     conditions = {}

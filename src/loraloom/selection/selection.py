@@ -7,7 +7,7 @@ the adapter may come back.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from loraloom.errors import RunFailedError
-from loraloom.optim import Constraint, KSparse, WeightAdam
+from loraloom.errors import InputError, RunFailedError
+from loraloom.optim.weight_adam import WeightAdam
+from loraloom.selection.checks import gate_set, gated_adapter
 from loraloom.selection.phases import FillBudget, HalveAndDouble, Phase, Phases, is_fraction, resolve_phases
 from loraloom.selection.rewire import (
     adapted_layers,
@@ -29,6 +30,7 @@ from loraloom.selection.rewire import (
     gate,
     largest_rank,
 )
+from loraloom.update.simplex import Constraint, KSparse
 
 FILE_NAME = "selection.json"
 
@@ -42,8 +44,14 @@ class AdapterSelection:
     Args:
         model: a PEFT model whose active adapter has gates (``LoomConfig.weightlora``).
         optimizer: a `WeightAdam` over the model. Its constraint is set here, step by step.
-        keep: how many adapters to keep; a fraction of them (a float below 1); or a constraint set, such as
-            ``Simplex()``, after whose last projection the adapters with gate zero go.
+        keep: how many adapters to keep, or a fraction of them (a float below 1); or a set of `loraloom.optim` itself,
+            such as ``KSparse(20)``. After the last projection the adapters with gate zero go.
+        constraint: the set that the gates are projected onto. "k_sparse": at most `keep` are not zero, the reference's.
+            "simplex": none is negative and their sum is `radius`; how many stay is then a result. "sparse_simplex":
+            both.
+        by: which gates "k_sparse" keeps: the largest ("signed", the reference's), or the largest in absolute value
+            ("magnitude"), so that an adapter may be subtracted.
+        radius: the sum of the gates on a simplex.
         warmup_steps: optimizer steps before the first selection; a float below 1 is a fraction of the run.
         select_every: steps between two projections of the gates while selecting. 1 is the reference.
         select_until: the step after which what is not selected is disconnected; likewise a fraction if below 1.
@@ -53,15 +61,18 @@ class AdapterSelection:
         seed: of the directions that expansion adds.
 
     Raises:
-        ValueError: an argument is out of range; or the model, its adapter or the optimizer is not of the kind above.
+        InputError: an argument is out of range; or the model, its adapter or the optimizer is not of the kind above.
     """
 
     def __init__(
         self,
         model: PeftModel,
         optimizer: WeightAdam,
-        keep: int | float | Constraint,
+        keep: int | float | Constraint | None = None,
         *,
+        constraint: Literal["k_sparse", "simplex", "sparse_simplex"] = "k_sparse",
+        by: Literal["signed", "magnitude"] = "signed",
+        radius: float = 1.0,
         warmup_steps: int | float = 0.05,
         select_every: int = 1,
         select_until: int | float = 0.3,
@@ -71,10 +82,10 @@ class AdapterSelection:
         seed: int = 0,
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self.adapter = _gated_adapter(model, optimizer)
+        self.adapter = gated_adapter(model, optimizer)
         self._layers = adapted_layers(model, self.adapter)
         self.modules = list(self._layers)
-        self.constraint = _constraint(keep, len(self.modules))
+        self.constraint = gate_set(keep, len(self.modules), constraint, by, radius)
         self.reentry, self.expand, self.seed = reentry, expand, seed
         self._check_expansion()
         self.step = 0
@@ -93,10 +104,12 @@ class AdapterSelection:
         """Fix the schedule, now that the length of the run is known.
 
         Raises:
-            ValueError: the schedule does not fit, or the gates are sharded.
+            InputError: the schedule does not fit, or the gates are sharded.
         """
         if any(isinstance(g, DTensor) for g in self._gates().values()):
-            raise ValueError("the gates are sharded (FSDP), but disconnecting needs whole adapters: train with DDP")
+            raise InputError(
+                "the gates are sharded (FSDP), but disconnecting needs whole adapters: train with DDP", code="sharded"
+            )
         self.phases = resolve_phases(*self._schedule, total_steps)
 
     @property
@@ -140,12 +153,13 @@ class AdapterSelection:
         Call it on a selection made as in the first run, then load the weights and the optimizer's state, which now fit.
 
         Raises:
-            ValueError: the state is of another model, or this selection has already begun.
+            InputError: the state is of another model, or this selection has already begun.
         """
         if state["modules"] != self.modules or self.step:
-            raise ValueError(
+            raise InputError(
                 f"this selection of {len(self.modules)} adapters is at step {self.step}; the state is of "
-                f"{len(state['modules'])} adapters: build model, optimizer and selection as for a new run, then load it"
+                f"{len(state['modules'])} adapters: build model, optimizer and selection as for a new run, then load",
+                code="other-state",
             )
         kept: dict[str, int] = state["kept"]
         self._disconnect({name for name in self.modules if name not in kept})
@@ -258,9 +272,10 @@ class AdapterSelection:
             for name, layer in self._layers.items():
                 r = layer.r[self.adapter] * 2**self.expand.times
                 if r > largest_rank(layer, self.adapter):
-                    raise ValueError(
+                    raise InputError(
                         f"expand={self.expand} raises the rank of {name} to {r}, which can be at most "
-                        f"{largest_rank(layer, self.adapter)}: lower r or times"
+                        f"{largest_rank(layer, self.adapter)}: lower r or times",
+                        code="out-of-range",
                     )
 
     def _record(self) -> dict[str, float]:
@@ -274,48 +289,8 @@ class AdapterSelection:
 
     def _resolved(self) -> Phases:
         if self.phases is None:
-            raise ValueError(
-                "the schedule has fractions of a run of unknown length: pass total_steps, or add a SelectionCallback"
+            raise InputError(
+                "the schedule has fractions of a run of unknown length: pass total_steps, or add a SelectionCallback",
+                code="unknown-length",
             )
         return self.phases
-
-
-def _gated_adapter(model: PeftModel, optimizer: WeightAdam) -> str:
-    """The name of the model's active adapter, which has gates that the optimizer holds, and nothing against it."""
-    if not isinstance(optimizer, WeightAdam):
-        raise ValueError(f"the optimizer is a {type(optimizer).__name__}; selection needs loraloom.optim.WeightAdam")
-    if len(model.active_adapters) != 1:
-        raise ValueError(f"the active adapters are {model.active_adapters}; selection works on exactly one")
-    adapter = model.active_adapters[0]
-    layers = adapted_layers(model, adapter)
-    gates = [gate(layer, adapter) for layer in layers.values()]
-    if not gates or any(g is None for g in gates):
-        raise ValueError(f"adapter {adapter!r} has no gates; make it with LoomConfig.weightlora(...)")
-    if any(layer.magnitude(adapter) is not None for layer in layers.values()):
-        raise ValueError(
-            f"adapter {adapter!r} uses DoRA, whose magnitude still rescales the weight when the gate is zero, so that "
-            "disconnecting would change the model: set use_dora=False"
-        )
-    if getattr(model.peft_config[adapter], "bias", "none") == "loom_only":
-        raise ValueError(
-            f"adapter {adapter!r} trains the biases of its layers, which a checkpoint would not hold once a layer is "
-            "disconnected: set bias='none' or 'all'"
-        )
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError(f"adapter {adapter!r} is merged: call unmerge_adapter() first")
-    held = {id(p) for group in optimizer.param_groups if group["is_gate"] for p in group["params"]}
-    if held != {id(g) for g in gates}:
-        raise ValueError(
-            f"the optimizer holds {len(held)} gates, adapter {adapter!r} has {len(gates)}, and they must be the same: "
-            "build the optimizer from this model with only this adapter trainable"
-        )
-    return adapter
-
-
-def _constraint(keep: int | float | Constraint, count: int) -> Constraint:
-    if not isinstance(keep, int | float):
-        return keep
-    k = max(1, round(keep * count)) if is_fraction(keep) else keep
-    if not (isinstance(k, int) and 1 <= k <= count):
-        raise ValueError(f"keep={keep} is out of range: pass 1 to {count} adapters, or a fraction of them below 1")
-    return KSparse(k)

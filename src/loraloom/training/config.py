@@ -145,6 +145,14 @@ class MethodSection:
     """A name in target_modules or in a pattern that matches nothing is a warning, not an error."""
     keep: Number | None = None
     """weightlora: how many adapters to keep, or below 1 the share of them. Default: 0.5."""
+    constraint: Literal["k_sparse", "simplex", "sparse_simplex"] | None = None
+    """weightlora: the set that the gates are projected onto: at most `keep` of them (`k_sparse`); non-negative ones
+    with the sum `radius` (`simplex`, which decides how many stay); or both. Default: k_sparse."""
+    by: Literal["signed", "magnitude"] | None = None
+    """weightlora, k_sparse: keep the largest gates (`signed`), or the largest in absolute value (`magnitude`), so that
+    an adapter may be subtracted. Default: signed."""
+    radius: Number | None = None
+    """weightlora, simplex and sparse_simplex: the sum of the gates. Default: 1.0."""
     warmup_steps: Number | None = None
     """weightlora: steps in which all adapters train, before the first selection; below 1: of the run. Default: 0.05.
     (training.warmup_steps is the learning rate's.)"""
@@ -247,7 +255,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
 METHODS_WITHOUT_ADAPTER = ("full", "probe")
 COMPOSITION: Method = "composition"
 METHODS_WITH_SELECTION = ("weightlora", "weightlora+")
-SELECTION_KEYS = ("keep", "warmup_steps", "select_every", "select_until", "reentry")
+SELECTION_KEYS = ("keep", "constraint", "by", "radius", "warmup_steps", "select_every", "select_until", "reentry")
 EXPANSION_KEYS = ("expand_times", "expand_every", "expand_parameters")
 # Keys of TrainingArguments that only an optimizer of transformers reads, and whose place is `optimizer` otherwise.
 OPTIMIZER_KEYS_OF_TRAINING = {

@@ -12,7 +12,6 @@ from loraloom.selection import AdapterSelection, FillBudget, HalveAndDouble, Sel
 from loraloom.selection.phases import Phases
 from loraloom.training.config import EXPANSION_KEYS, SELECTION_KEYS, MethodSection, RunConfig
 
-DEFAULT_KEEP = 0.5
 # Rank ("r") and last gate ("gate") of the adapter of each module, None where it was disconnected.
 Adapters = dict[str, dict[str, float] | None]
 
@@ -70,11 +69,10 @@ def select_in(trainer: Trainer, config: RunConfig) -> RunSelection:
         raise InputError(f"method.name {config.method.name!r} disconnects whole adapters, FSDP shards them: use DDP")
     method = config.method
     options = {key: getattr(method, key) for key in SELECTION_KEYS if getattr(method, key) is not None}
-    keep = options.pop("keep", DEFAULT_KEEP)
     model, optimizer = cast(PeftModel, trainer.model), cast(WeightAdam, trainer.optimizer)
     try:
         selection = AdapterSelection(
-            model, optimizer, keep, expand=_expansion(method), seed=config.training["seed"], **options
+            model, optimizer, expand=_expansion(method), seed=config.training["seed"], **options
         )
     except ValueError as error:
         raise InputError(f"method: {' '.join(str(error).split())}") from error
