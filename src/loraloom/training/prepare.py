@@ -22,7 +22,7 @@ from loraloom.training.checkpoints import last_checkpoint
 from loraloom.training.config import TRAINING_KEYS, RunConfig
 from loraloom.training.load import load_config, unknown_key
 from loraloom.training.metrics import LOWER_IS_BETTER, check_packages, main_metric, metric_names
-from loraloom.training.optimizer import run_optimizer
+from loraloom.training.optimizer import average_in_optimizer, run_optimizer
 from loraloom.training.result import CHECKPOINTS, LOCK, PORTABLE, RESOLVED, RESULT, STATE
 from loraloom.training.tasks import get_task
 from loraloom.training.tasks.base import RunData, Setup
@@ -189,18 +189,14 @@ def build_trainer(
     }
     if "optim" not in config.training:
         try:
-            common["optimizer_cls_and_kwargs"] = run_optimizer(config, arguments.max_grad_norm)
+            common["optimizer_cls_and_kwargs"] = run_optimizer(config, arguments)
         except ValueError as error:
             raise InputError(f"optimizer: {error}", code="optimizer") from error
     if config.optimizer.layerwise:
-        if arguments.world_size > 1:
-            raise InputError(
-                f"optimizer.layerwise frees gradients before {arguments.world_size} processes can average them: leave "
-                "it out, or start one process",
-                code="layerwise-processes",
-            )
         arguments.max_grad_norm = 0.0  # the optimizer does it
     trainer = get_task(config.model.task).trainer(setup, common)
+    if config.optimizer.layerwise:
+        average_in_optimizer(trainer)
     trainer.remove_callback(PrinterCallback)
     if arguments.dataloader_drop_last and not len(trainer.get_train_dataloader()):
         raise InputError(

@@ -105,6 +105,10 @@ class ProjectedOptimizer(OuterOptimizer):
         self._reads_weights = reads_weights(
             lambda groups: build(groups, **options), self.inner_group(self.param_groups[0]), like
         )
+        if process_group is not None:  # all start from the weights of the first, as in DistributedDataParallel
+            first = dist.get_global_rank(process_group, 0)
+            for held in (p for group in self.param_groups for p in group["params"]):
+                dist.broadcast(self.slots[held].weight if held in self.slots else held, first, process_group)
         identity = self._identity()
         for group in [self.defaults, *self.param_groups]:
             group.update(identity)
