@@ -1,7 +1,5 @@
 """The errors that a user can act on; each is one line that names the value, what was expected, and the fix."""
 
-from loraloom.text import did_you_mean as did_you_mean  # moves to its callers
-
 
 class LoraloomError(Exception):
     """An error with a code, which stays when its sentence gets better: for programs and tests to match.

@@ -89,6 +89,11 @@ def number(value: float | None, unit: str = "", digits: int = 4) -> str:
     return f"{text}{'' if unit == '%' else ' '}{unit}" if unit else text
 
 
+def score(value: float) -> str:
+    """A metric on a terminal: four decimals, from 10 on four digits: 0.7625, 402.4."""
+    return f"{value:.4f}" if abs(value) < 10 else number(value)
+
+
 def column(values: Sequence[float | None], digits: int = 4) -> list[str]:
     """Values below each other: all with the same decimals, as many as they need, unless a small one then looks zero."""
     known = [value for value in values if value]

@@ -9,6 +9,7 @@ import tyro
 
 from loraloom.cli.options import Output, parse, quiet_libraries
 from loraloom.errors import InputError
+from loraloom.text import score
 
 
 @dataclass
@@ -31,6 +32,6 @@ def main(arguments: Sequence[str]) -> None:
         from loraloom.training.evaluate import evaluate_saved
     with console.status("Evaluating"):
         metrics = evaluate_saved(command.folder)
-    console.print(results_table([(name.replace("_", " "), f"{value:.4f}") for name, value in metrics.items()], "test"))
+    console.print(results_table([(name.replace("_", " "), score(value)) for name, value in metrics.items()], "test"))
     if command.json:
         print(json.dumps(metrics))

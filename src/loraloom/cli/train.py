@@ -14,7 +14,7 @@ from rich.console import Console
 from loraloom.cli.launch import launch
 from loraloom.cli.options import Saving, first_process, parse, quiet_libraries, save_report
 from loraloom.errors import InputError, RunInterruptedError
-from loraloom.text import readable_bytes
+from loraloom.text import readable_bytes, score
 from loraloom.training.config import (
     DataSection,
     Method,
@@ -136,12 +136,13 @@ def show(result: "RunResult", console: Console) -> None:
     if result.composition is not None:
         console.print(weights_table(result.composition))
     rows = [
-        (name.replace("_", " "), f"{result.before[name]:.4f} -> {value:.4f}") for name, value in result.after.items()
+        (name.replace("_", " "), f"{score(result.before[name])} -> {score(value)}")
+        for name, value in result.after.items()
     ]
     if result.retention is not None:
         after = result.retention["after"]
         rows += [
-            (f"retention: {name.replace('_', ' ')}", f"{value:.4f} -> {after[name]:.4f}")
+            (f"retention: {name.replace('_', ' ')}", f"{score(value)} -> {score(after[name])}")
             for name, value in result.retention["before"].items()
         ]
     share = result.trainable_parameters / result.total_parameters

@@ -13,7 +13,7 @@ def describe(figure: Figure) -> str:
             f"{series.name}: {number(known[0])} to {number(known[-1])}, lowest {number(min(known))}, highest "
             f"{number(max(known))}."
             for series in figure.series
-            if (known := [y for y in series.y if y is not None])
+            if (known := [y for _, y in series.pairs if y is not None])
         )
     if isinstance(figure, Heatmap):
         cells = [
@@ -40,7 +40,7 @@ def figure_table(figure: Figure) -> Table:
     if isinstance(figure, Lines):
         by_x: dict[float, dict[str, Cell]] = {}
         for series in figure.series:
-            for x, y in zip(series.x, series.y, strict=True):
+            for x, y in series.pairs:
                 by_x.setdefault(x, {})[series.name] = y
         names = [series.name for series in figure.series]
         rows = [[x, *(by_x[x].get(name) for name in names)] for x in sorted(by_x)]

@@ -43,7 +43,7 @@ def draw_lines(figure: Lines) -> Drawing:
     height = float(max(PLOT_HEIGHT, LABEL_GAP * (len(figure.series) + len(figure.references))))
     ends: list[tuple[float, str, str]] = []
     for i, series in enumerate(figure.series):
-        last = next((y for y in reversed(series.y) if y is not None), None)
+        last = next((y for _, y in reversed(series.pairs) if y is not None), None)
         if last is not None:
             ends.append((height_of(y_axis, last, height), series.name, f"s{i % SERIES_COLOURS}"))
     lines = [(height_of(y_axis, y, height), label, "muted") for label, y in figure.references.items()]

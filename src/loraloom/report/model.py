@@ -37,6 +37,11 @@ class Series:
         if len(self.x) != len(self.y):
             raise ValueError(f"series {self.name!r} has {len(self.x)} x and {len(self.y)} y; expected as many")
 
+    @property
+    def pairs(self) -> list[tuple[float, float | None]]:
+        """The points of the line; where there is no line, the single results."""
+        return [*zip(self.x, self.y, strict=True)] if self.x else [*self.points]
+
 
 @dataclass(frozen=True)
 class Event:

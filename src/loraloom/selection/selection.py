@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from loraloom.errors import InputError, RunFailedError
 from loraloom.optim.weight_adam import WeightAdam
 from loraloom.selection.checks import gate_set, gated_adapter
+from loraloom.selection.log import FILE_NAME
 from loraloom.selection.phases import FillBudget, HalveAndDouble, Phase, Phases, is_fraction, resolve_phases
 from loraloom.selection.rewire import (
     adapted_layers,
@@ -31,8 +32,6 @@ from loraloom.selection.rewire import (
     largest_rank,
 )
 from loraloom.update.simplex import Constraint, KSparse
-
-FILE_NAME = "selection.json"
 
 
 class AdapterSelection:

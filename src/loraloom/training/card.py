@@ -7,11 +7,11 @@ from loraloom.adapter.serving import serving_rows
 from loraloom.adapter.stored import CONFIG
 from loraloom.card import Card
 from loraloom.provenance import installed_versions
+from loraloom.text import readable_bytes
 from loraloom.training.config import METHODS_WITHOUT_ADAPTER, TASKS_WITH_HEAD, RunConfig
 from loraloom.training.load import dump_config
 from loraloom.training.model import BUILT_IN
 from loraloom.training.tasks import get_task
-from loraloom.units import readable_bytes
 
 if TYPE_CHECKING:
     from loraloom.training.result import RunResult

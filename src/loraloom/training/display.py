@@ -21,12 +21,11 @@ from rich.progress import (
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraloom.module_names import place, short_names
 from loraloom.optim import Memory
+from loraloom.text import place, readable_bytes, score, short_names
 from loraloom.training.checkpoints import Clock
 from loraloom.training.composition import Composed
 from loraloom.training.selection import Adapters
-from loraloom.units import readable_bytes
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
 
@@ -137,9 +136,9 @@ class TrainingDisplay(TrainerCallback):
     def _row(self, entry: dict[str, Any], step: int, seconds: str = "") -> None:
         """Remember a logged loss, or add the row of an evaluation of the validation set."""
         if "loss" in entry:
-            self.train_loss = f"{float(entry['loss']):.4f}"
+            self.train_loss = score(float(entry["loss"]))
         if "eval_loss" in entry:
-            values = [f"{entry[f'eval_{name}']:.4f}" for name in self.metrics]
+            values = [score(entry[f"eval_{name}"]) for name in self.metrics]
             self.table.add_row(f"{entry['epoch']:.2f}", str(step), self.train_loss, *values, seconds)
 
 

@@ -25,7 +25,7 @@ from loraloom.training.data import data_sha256, load_data
 from loraloom.training.data_report import MEASURED, outcome_warnings, report_on
 from loraloom.training.display import TrainingDisplay, memory_table
 from loraloom.training.load import dump_config
-from loraloom.training.measure import evaluate_test, validation_metrics
+from loraloom.training.measure import evaluate_test, sample_answers, validation_metrics
 from loraloom.training.metrics import peak_memory_bytes
 from loraloom.training.model import apply_method, load_base, load_processor, resolve_max_length
 from loraloom.training.prepare import (
@@ -122,6 +122,7 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
     trainer.add_callback(StartCallback(start))
     with display.showing(), interrupt.listening():
         before, _ = evaluate_test(trainer, setup)
+        written = sample_answers(trainer, setup)
         retention = None if retained is None else Retention(trainer, config, processor, retained)
         if selection is not None and checkpoint is not None:
             selection.resume(checkpoint)  # not earlier: `before` is of the model with all adapters
@@ -136,6 +137,7 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
             raise RunInterruptedError(f"stopped after step {state.global_step} of {state.max_steps}; saved {saved}")
         validation = validation_metrics(trainer, setup)
         after, evidence = evaluate_test(trainer, setup)
+        written = _both(written, sample_answers(trainer, setup))
         retention_metrics = None if retention is None else {"before": retention.before, "after": retention.measure()}
     trainer.save_model(str(output))
     composed = None
@@ -165,7 +167,7 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
         data=report.to_dict(),
         warnings=[*report.warnings, *outcome_warnings(report, after, evidence.predicted)],
         confusion=evidence.confusion,
-        examples=evidence.examples,
+        examples=written or evidence.examples,
     )
     if trainer.is_world_process_zero():
         # Trainer leaves its arguments as a pickle beside the weights; resolved.yaml says the same and is safe to read.
@@ -178,6 +180,14 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
         write_card(run_card(config, result, data_sha256(data), command), output)
         write_text_atomically(output / RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
+
+
+def _both(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Answers to the same prompts before and after training."""
+    return [
+        {"prompt": one["prompt"], "expected": one["expected"], "before": one["answer"], "after": other["answer"]}
+        for one, other in zip(before, after, strict=True)
+    ]
 
 
 class StartCallback(TrainerCallback):

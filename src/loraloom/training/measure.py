@@ -8,10 +8,13 @@ import numpy as np
 from transformers import Trainer
 
 from loraloom.training.config import CLASSIFICATION
-from loraloom.training.tasks.base import Setup
+from loraloom.training.tasks import get_task
+from loraloom.training.tasks.base import AnswerOptions, Setup
 from loraloom.training.trainers import HeadTrainer
 
 EXAMPLES = 20
+WRITING = ("causal-lm", "seq2seq-lm")
+SAMPLES, SAMPLE_TOKENS = 3, 40  # test rows that a writing model is asked, and how much it may write to each
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,41 @@ def evaluate_test(trainer: Trainer, setup: Setup) -> tuple[dict[str, float], Evi
         logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
         evidence = _classified(logits, np.asarray(output.label_ids), setup)
     return _named(output.metrics or {}, "test", setup.metrics), evidence
+
+
+def sample_answers(trainer: Trainer, setup: Setup) -> list[dict[str, str]]:
+    """What the model writes to the first test rows: `prompt`, `expected`, `answer`; [] where the task writes no text.
+
+    Greedy, so that nothing of the run's random numbers is used. A sharded model is not asked.
+    """
+    if setup.config.model.task not in WRITING or trainer.is_fsdp_enabled or not trainer.is_world_process_zero():
+        return []
+    asked = [_prompt(row) for row in setup.data.test.select(range(min(SAMPLES, len(setup.data.test))))]
+    options = AnswerOptions(setup.max_length, max_new_tokens=SAMPLE_TOKENS)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    answers = get_task(setup.config.model.task).answer(model, setup.processor, [prompt for prompt, _ in asked], options)
+    return [
+        {"prompt": _plain(prompt), "expected": expected, "answer": answer["text"]}
+        for (prompt, expected), answer in zip(asked, answers, strict=True)
+    ]
+
+
+def _prompt(row: dict[str, Any]) -> tuple[Any, str]:
+    """(what to ask, what the row says): of a plain text its first half and its second."""
+    if "source" in row:
+        return row["source"], row["target"]
+    if "messages" in row:
+        last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" or not i)
+        return row["messages"][:last], row["messages"][last]["content"]
+    if "completion" in row:
+        return row["prompt"], _plain(row["completion"])
+    words = row["text"].split()
+    half = max(1, len(words) // 2)
+    return " ".join(words[:half]), " ".join(words[half:])
+
+
+def _plain(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def validation_metrics(trainer: Trainer, setup: Setup) -> dict[str, float] | None:

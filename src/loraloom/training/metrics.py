@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.config import CLASSIFICATION, Task
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae")

@@ -10,7 +10,8 @@ import peft
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.composition import compose_members
 from loraloom.training.config import (
     COMPOSITION,

@@ -1,15 +1,18 @@
 """What a run leaves in its folder: the names of the files, and what metrics.json holds."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from loraloom.errors import InputError
 from loraloom.training.composition import PORTABLE, Composed
 from loraloom.training.selection import Adapters
 
 RESOLVED, RESULT, CHECKPOINTS, LOCK = "resolved.yaml", "metrics.json", "checkpoints", ".lock"
 STATE = "trainer_state.json"  # transformers' name of it; holds everything that was logged
 
-__all__ = ["CHECKPOINTS", "LOCK", "PORTABLE", "RESOLVED", "RESULT", "STATE", "RunResult"]
+__all__ = ["CHECKPOINTS", "LOCK", "PORTABLE", "RESOLVED", "RESULT", "STATE", "RunResult", "load_result"]
 
 
 @dataclass(frozen=True)
@@ -52,4 +55,19 @@ class RunResult:
     confusion: list[list[int]] | None = None
     """Classification: test rows by label (row) and prediction (column), in the order of label_names."""
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """Test rows with the model's answer: of a classification those that are wrong with most confidence."""
+    """Test rows with the model's answer: of a classification those that are wrong with most confidence; of a task that
+    writes text the first ones, with `prompt`, `expected`, and what it wrote `before` and `after` training."""
+
+
+def load_result(folder: Path) -> RunResult:
+    """The result of the run in a folder.
+
+    Raises:
+        InputError: the folder holds no finished run ("no-run").
+    """
+    try:
+        values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no finished run: there is no {RESULT}", code="no-run") from None
+    composed = values.get("composition")
+    return RunResult(**{**values, "composition": None if composed is None else Composed(**composed)})

@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.config import DataSection
 from loraloom.training.stdlib_docstrings import stdlib_docstrings
 

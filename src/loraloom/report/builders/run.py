@@ -1,34 +1,36 @@
-"""A finished training run: curves, what it gained over the baselines, gates, weights, configuration."""
+"""A finished training run: curves, what it gained over the baselines, mistakes, gates, weights, configuration."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from loraloom.errors import InputError
+from loraloom.report.builders.answers import answer_sections
 from loraloom.report.builders.composition import composition_sections
-from loraloom.report.builders.modules import by_layer, finite, labels_of
-from loraloom.report.model import Bars, Event, Fact, Heatmap, Lines, Report, Section, Series, Table
+from loraloom.report.builders.configuration import configuration_section
+from loraloom.report.builders.modules import by_layer, finite, labels_of, metric_name
+from loraloom.report.model import Bars, Event, Fact, Heatmap, Lines, Report, Section, Series
 from loraloom.text import number
 
-METRICS_FILE, STATE_FILE, CONFIG_FILE, SELECTION_FILE = (
-    *("metrics.json", "trainer_state.json", "resolved.yaml", "selection.json"),
-)
+if TYPE_CHECKING:
+    from loraloom.selection.log import SelectionLog
+    from loraloom.training.config import RunConfig
+    from loraloom.training.result import RunResult
+
 METHODS = {
     "lora": "LoRA",
     "moslora": "MoSLoRA",
     "dora": "DoRA",
     "weightlora": "WeightLoRA",
     "weightlora+": "WeightLoRA+",
+    "composition": "A composition",
     "full": "Full fine-tuning",
     "probe": "A linear head",
 }
-NAMES = {"macro_f1": "macro-F1"}
-SHARES = ("accuracy", "macro_f1")  # metrics between 0 and 1, which share a picture
+SHARES = ("accuracy", "macro_f1", "micro_f1", "f1", "precision", "recall")  # between 0 and 1; they share a picture
 MOMENTS = 24  # columns of the gates over time
 MODULES = 96  # rows of it
+DECADES = 100  # largest over smallest gradient norm from which its axis is logarithmic
 
 
 def report_of_run(folder: Path, command: str, baselines: Mapping[str, float] | None = None) -> Report:
@@ -42,167 +44,171 @@ def report_of_run(folder: Path, command: str, baselines: Mapping[str, float] | N
     Raises:
         InputError: the folder holds no finished run.
     """
-    found = {}
-    for name in (METRICS_FILE, STATE_FILE, CONFIG_FILE, SELECTION_FILE):
-        try:
-            text = (folder / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            if name == METRICS_FILE:
-                raise InputError(f"{folder} holds no finished run: there is no {name}") from None
-            continue
-        found[name] = yaml.safe_load(text) if name == CONFIG_FILE else json.loads(text)
-    return run_report(
-        found[METRICS_FILE],
-        found.get(STATE_FILE, {}).get("log_history", []),
-        found.get(CONFIG_FILE, {}),
-        command,
-        selection=found.get(SELECTION_FILE),
-        baselines=baselines,
-    )
+    from loraloom.selection.log import read_selection
+    from loraloom.training.load import load_config
+    from loraloom.training.result import RESOLVED, STATE, load_result
+
+    result = load_result(folder)
+    state = folder / STATE
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+    config = load_config(folder / RESOLVED)
+    return run_report(result, config, command, history, selection=read_selection(folder), baselines=baselines)
 
 
 def run_report(
-    result: Mapping[str, Any],
-    log_history: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Mapping[str, Any]],
+    result: "RunResult",
+    config: "RunConfig",
     command: str,
+    log_history: Sequence[Mapping[str, Any]] = (),
     *,
-    selection: Mapping[str, Any] | None = None,
+    selection: "SelectionLog | None" = None,
     baselines: Mapping[str, float] | None = None,
 ) -> Report:
-    """The report of a run from what it left.
+    """The report of a training run.
 
     Args:
-        result: metrics.json.
-        log_history: of transformers' trainer_state.json: a dict for each logged step and each evaluation.
-        config: resolved.yaml, sections of keys and values.
+        result: what it reached.
+        config: what it was told.
         command: what was typed.
-        selection: selection.json of weightlora.
-        baselines: accuracies to compare with, by name.
+        log_history: everything that the trainer logged, as transformers' TrainerState has it.
+        selection: what became of the adapters of a weightlora run.
+        baselines: accuracies to compare with, by name; that of the majority class comes from the result.
     """
-    baselines = baselines or {}
+    baselines = dict(baselines or {})
+    if result.data and result.data["majority_share"] is not None:
+        baselines.setdefault("majority class", result.data["majority_share"])
     sections = [_comparison(result, baselines), _loss(result, log_history, selection)]
-    sections += [_metric(result, log_history, names, baselines) for names in _groups(result["after"])]
+    sections += [_metric(result, log_history, names, baselines) for names in _groups(result.after)]
+    sections += answer_sections(result)
+    sections += [_logged(log_history, "learning_rate", "Learning rate")]
+    sections += [_logged(log_history, "grad_norm", "Gradient norm")]
     sections += _gates(result, selection)
-    if result.get("composition"):
-        sections += composition_sections(result["composition"]["weights"], result["composition"]["mean"])
-    sections += [_configuration(config)]
-    data, model = config.get("data", {}).get("path"), config.get("model", {}).get("name")
-    method = METHODS.get(result["method"], result["method"])
+    if result.composition is not None:
+        sections += composition_sections(result.composition.weights, result.composition.mean)
+    sections += [configuration_section(config)]
+    method = METHODS.get(result.method, result.method)
     return Report(
-        title=f"{method} on {Path(str(data)).name}" if data else method,
+        title=f"{method} on {Path(config.data.path).name}",
         command=command,
         lead=_lead(result, baselines),
-        summary=_summary(result, model, data),
-        sections=[section for section in sections if section.figure or section.table],
+        summary=_summary(result, config),
+        sections=[section for section in sections if section.figure or section.table or section.folded],
     )
 
 
-def _lead(result: Mapping[str, Any], baselines: Mapping[str, float]) -> str:
+def _lead(result: "RunResult", baselines: Mapping[str, float]) -> str:
     name = _main_metric(result)
-    before, after = result["before"][name], result["after"][name]
-    lead = f"Test {_named(name)} went from {_text(before)} to {_text(after)} in {result['steps']} steps"
+    before, after = number(finite(result.before[name])), number(finite(result.after[name]))
+    lead = f"Test {metric_name(name)} is {after} after {result.steps} steps, {before} before"
     if baselines and name == "accuracy":
-        others = " and ".join(f"{label} {value:.4f}" for label, value in baselines.items())
-        return f"{lead}; to compare: {others}."
-    return f"{lead}."
+        others = " and ".join(f"{label} {number(value)}" for label, value in baselines.items())
+        lead = f"{lead}; to compare: {others}"
+    return " ".join([f"{lead}.", *(f"{text[0].upper()}{text[1:]}." for text in result.warnings)])
 
 
-def _summary(result: Mapping[str, Any], model: str | None, data: str | None) -> list[Fact]:
+def _summary(result: "RunResult", config: "RunConfig") -> list[Fact]:
     name = _main_metric(result)
-    after, before = _text(result["after"][name]), _text(result["before"][name])
-    trainable, total = result["trainable_parameters"], result["total_parameters"]
-    speed = f"{result['tokens_per_second']:,.0f} tokens/s in training"
+    after, before = number(finite(result.after[name])), number(finite(result.before[name]))
+    trainable, total = result.trainable_parameters, result.total_parameters
+    speed = f"{number(result.tokens_per_second, digits=3)} tokens/s in training" if result.tokens_per_second else ""
+    validate = f"{result.validation_rows:,} to validate, " if result.validation_rows else ""
     facts = [
-        Fact(f"test {_named(name)}", after, f"{before} before training"),
-        Fact("trainable parameters", f"{trainable:,}", f"{trainable / total:.2%} of {total:,}"),
-        Fact("peak memory", number(result["peak_memory_bytes"], "bytes")),
-        Fact("wall time", f"{result['wall_time_seconds']:.0f} s", speed),
-        *([Fact("base model", str(model))] if model else []),
-        *([Fact("data", str(data))] if data else []),
-        Fact("rows", f"{result['train_rows']:,} to train on, {result['test_rows']:,} to test on"),
+        Fact(f"test {metric_name(name)}", after, f"{before} before training"),
+        Fact("trained parameters", f"{trainable:,}", f"{trainable / total:.2%} of {total:,}"),
+        Fact("peak memory", number(result.peak_memory_bytes, "bytes")),
+        Fact("wall time", f"{result.wall_time_seconds:.0f} s", speed),
+        Fact("base model", config.model.name),
+        Fact("data", config.data.path),
+        Fact("rows", f"{result.train_rows:,} to train on, {validate}{result.test_rows:,} to test on"),
     ]
-    if result.get("adapters"):
-        kept = sum(adapter is not None for adapter in result["adapters"].values())
-        facts.append(Fact("adapters kept", f"{kept} of {len(result['adapters'])}"))
-    return [*facts, Fact("folder", str(result["output_dir"]))]
+    if result.data and result.data["cut_share"]:
+        share, longest = f"{result.data['cut_share']:.1%} of the texts", result.data["longest"]
+        facts.append(Fact("cut", share, f"at {result.data['max_length']} tokens, the longest has {longest}"))
+    if result.adapters:
+        kept = sum(adapter is not None for adapter in result.adapters.values())
+        facts.append(Fact("adapters kept", f"{kept} of {len(result.adapters)}"))
+    return [*facts, Fact("folder", result.output_dir)]
 
 
-def _comparison(result: Mapping[str, Any], baselines: Mapping[str, float]) -> Section:
-    if not baselines or "accuracy" not in result["after"]:
+def _comparison(result: "RunResult", baselines: Mapping[str, float]) -> Section:
+    if not baselines or "accuracy" not in result.after:
         return Section("What it gains")
-    method = METHODS.get(result["method"], result["method"])
-    rows = {**baselines, method: result["after"]["accuracy"]}
-    note = f"Accuracy on the same {result['test_rows']:,} test rows; one of them is {1 / result['test_rows']:.4f}."
+    rows = {**baselines, METHODS.get(result.method, result.method): result.after["accuracy"]}
+    one = number(1 / result.test_rows, digits=2)
+    note = f"Accuracy on the same {result.test_rows:,} test rows; one of them is {one}."
     return Section("What it gains", note, Bars("accuracy", [*rows], [*rows.values()]))
 
 
-def _loss(
-    result: Mapping[str, Any], history: Sequence[Mapping[str, Any]], selection: Mapping[str, Any] | None
-) -> Section:
+def _loss(result: "RunResult", history: Sequence[Mapping[str, Any]], selection: "SelectionLog | None") -> Section:
     train = [(entry["step"], finite(float(entry["loss"]))) for entry in history if "loss" in entry]
-    series = [("train", train), (_evaluated(result), _evaluations(result, history, "loss"))]
-    curves = [Series(name, [x for x, _ in points], [y for _, y in points]) for name, points in series if points]
-    where = _evaluated(result)
-    note = f"In training the mean over the steps since the point before, on the {where} set at each evaluation."
-    return Section("Loss", note, Lines("step", "loss", curves, events=_events(selection)))
+    curves = [_series("train", train)] if train else []
+    curves += _evaluated(result, history, "loss")
+    note = "While training: the mean over the steps since the point before. "
+    return Section("Loss", note + _sets(result), Lines("step", "loss", curves, events=_events(selection)))
 
 
 def _metric(
-    result: Mapping[str, Any],
+    result: "RunResult",
     history: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     baselines: Mapping[str, float],
 ) -> Section:
-    series = []
-    for name in names:
-        points = _evaluations(result, history, name)
-        series.append(Series(_named(name), [x for x, _ in points], [y for _, y in points]))
-    title = " and ".join(_named(name) for name in names)
+    series = [one for name in names for one in _evaluated(result, history, name, prefix=metric_name(name))]
+    title = " and ".join(metric_name(name) for name in names)
     references = dict(baselines) if "accuracy" in names else {}
-    label = f"on the {_evaluated(result)} set" if names[0] in SHARES else _named(names[0])
-    note = f"On the {_evaluated(result)} set, at each evaluation." + (
-        " Dotted: accuracies to compare with." if references else ""
-    )
+    label = "share" if len(names) > 1 else metric_name(names[0])
+    note = _sets(result) + (" Dotted: accuracies to compare with." if references else "")
     return Section(title[0].upper() + title[1:], note, Lines("step", label, series, references=references))
 
 
-def _evaluations(
-    result: Mapping[str, Any], history: Sequence[Mapping[str, Any]], name: str
-) -> list[tuple[float, float | None]]:
-    """(step, metric) at each evaluation of the validation set; without one, of the test set before and after."""
-    if result.get("validation_rows"):
-        return [(entry["step"], finite(entry[f"eval_{name}"])) for entry in history if f"eval_{name}" in entry]
-    points = {0: finite(result["before"][name])}
-    points |= {entry["step"]: finite(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry}
-    points[result["steps"]] = finite(result["after"][name])
-    return [*points.items()]
+def _evaluated(result: "RunResult", history: Sequence[Mapping[str, Any]], name: str, prefix: str = "") -> list[Series]:
+    """A curve of the evaluations while training, and two rings on the test set, before and after."""
+    points = {entry["step"]: finite(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry}
+    curves = [_series(f"{prefix} validation".strip(), [*points.items()])] if points else []
+    ends = ((0, finite(result.before[name])), (result.steps, finite(result.after[name])))
+    rings = [(float(step), value) for step, value in ends if value is not None]
+    return [*curves, Series(f"{prefix} test".strip(), [], [], rings)] if rings else curves
 
 
-def _evaluated(result: Mapping[str, Any]) -> str:
-    """The set that is evaluated while training."""
-    return "validation" if result.get("validation_rows") else "test"
+def _sets(result: "RunResult") -> str:
+    during = "on the validation set at each evaluation; " if result.validation_rows else ""
+    text = f"{during}rings: on the test set before and after training."
+    return text[0].upper() + text[1:]
 
 
-def _gates(result: Mapping[str, Any], selection: Mapping[str, Any] | None) -> list[Section]:
+def _series(name: str, points: Sequence[tuple[float, float | None]]) -> Series:
+    return Series(name, [x for x, _ in points], [y for _, y in points])
+
+
+def _logged(history: Sequence[Mapping[str, Any]], key: str, title: str) -> Section:
+    points = [(entry["step"], finite(float(entry[key]))) for entry in history if key in entry]
+    known = [value for _, value in points if value is not None]
+    if len(known) < 2:
+        return Section(title)
+    log = key == "grad_norm" and min(known) > 0 and max(known) > DECADES * min(known)
+    note = "Before clipping, at the steps that were logged." if key == "grad_norm" else ""
+    return Section(title, note, Lines("step", title.lower(), [_series(title.lower(), points)], log_y=log))
+
+
+def _gates(result: "RunResult", selection: "SelectionLog | None") -> list[Section]:
     sections = []
-    if result.get("adapters"):
-        last = {name: 0.0 if one is None else one["gate"] for name, one in result["adapters"].items()}
-        ranks = {name: 0.0 if one is None else float(one["r"]) for name, one in result["adapters"].items()}
+    if result.adapters:
+        last = {name: 0.0 if one is None else one["gate"] for name, one in result.adapters.items()}
+        ranks = {name: 0.0 if one is None else float(one["r"]) for name, one in result.adapters.items()}
         note = "Last value of each adapter's gate; 0 where the adapter was disconnected."
         sections.append(Section("Gates", note, by_layer(last, "gate", **_range(last.values()))))
         if len({*ranks.values()} - {0.0}) > 1:
             sections.append(Section("Ranks", "0 where the adapter was disconnected.", by_layer(ranks, "rank")))
-    if selection and selection["history"]:
+    if selection is not None and selection.history:
         sections.append(_gates_over_time(selection))
     return sections
 
 
-def _gates_over_time(selection: Mapping[str, Any]) -> Section:
-    history = selection["history"]
+def _gates_over_time(selection: "SelectionLog") -> Section:
+    history = selection.history
     chosen = sorted({round(i * (len(history) - 1) / (MOMENTS - 1)) for i in range(MOMENTS)})
     moments = [history[i] for i in chosen]
-    labels = labels_of(dict.fromkeys(selection["modules"]))
+    labels = labels_of(dict.fromkeys(selection.modules))
     # A gate that is gone was disconnected and stays so: nothing of the adapter is left.
     rows = {label: [m["gates"][i] or 0.0 for m in moments] for i, label in enumerate(labels)}
     note = "From the first step to the last one that still had gates; 0 from where an adapter was dropped."
@@ -216,10 +222,10 @@ def _gates_over_time(selection: Mapping[str, Any]) -> Section:
     )
 
 
-def _events(selection: Mapping[str, Any] | None) -> list[Event]:
+def _events(selection: "SelectionLog | None") -> list[Event]:
     """The moments of a selection: how many adapters were dropped and how many were widened."""
     happened: dict[int, list[str]] = {}
-    for event in selection["events"] if selection else []:
+    for event in selection.events if selection else []:
         disconnects = event["event"] == "disconnect"
         text = f"{len(event['modules'])} dropped" if disconnects else f"{len(event['ranks'])} widened"
         happened.setdefault(event["step"], []).append(text)
@@ -232,29 +238,12 @@ def _range(gates: Iterable[float]) -> dict[str, Any]:
     return {"signed": True} if -min(gates) > 0.05 * max(map(abs, gates)) else {"low": 0.0}
 
 
-def _configuration(config: Mapping[str, Mapping[str, Any]]) -> Section:
-    rows = [[f"{section}.{key}", _setting(value)] for section, keys in config.items() for key, value in keys.items()]
-    table = Table(["key", "value"], [[*row] for row in rows]) if rows else None
-    return Section("Configuration", "Every key of the run, as resolved.yaml has it.", table=table)
-
-
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _groups(metrics: Mapping[str, float]) -> list[list[str]]:
-    """Metrics other than the loss, those that share a scale together."""
-    shares = [name for name in metrics if name in SHARES]
-    return [*([shares] if shares else []), *([name] for name in metrics if name != "loss" and name not in SHARES)]
+    """Metrics other than the loss, those that share a scale together; a perplexity is the loss once more."""
+    rest = [name for name in metrics if name not in ("loss", "perplexity")]
+    shares = [name for name in rest if name in SHARES]
+    return [*([shares] if shares else []), *([name] for name in rest if name not in SHARES)]
 
 
-def _main_metric(result: Mapping[str, Any]) -> str:
-    return next((name for name in result["after"] if name != "loss"), "loss")
-
-
-def _named(metric: str) -> str:
-    return NAMES.get(metric, metric.replace("_", " "))
-
-
-def _text(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+def _main_metric(result: "RunResult") -> str:
+    return next((name for name in result.after if name != "loss"), "loss")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.config import COMPOSITION, METHODS_WITHOUT_ADAPTER, Method, Number, RunConfig
 from loraloom.training.load import SECTION_NAMES, build_config, build_section, read_sections, unknown_key
 from loraloom.training.metrics import LOWER_IS_BETTER, main_metric, metric_names

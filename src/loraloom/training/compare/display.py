@@ -2,10 +2,10 @@
 
 from rich.table import Table
 
+from loraloom.text import readable_bytes, score
 from loraloom.training.compare.config import LEARNING_RATE
 from loraloom.training.compare.results import Comparison, MethodResult
 from loraloom.training.compare.runs import format_value
-from loraloom.units import readable_bytes
 
 
 def quality_table(comparison: Comparison) -> Table:
@@ -34,7 +34,7 @@ def quality_table(comparison: Comparison) -> Table:
         failed = f", {method.failed} failed" if method.failed else ""
         tests = ["-"] * 3 if test is None else [f"{test.difference:+.4f}", _p(test.p_sign_flip), _p(test.p_t)]
         chosen = [format_value(best.point[key]) for key in keys]
-        table.add_row(method.label, *chosen, f"{best.mean:.4f}{spread}{failed}", str(len(best.values)), *tests)
+        table.add_row(method.label, *chosen, f"{score(best.mean)}{spread}{failed}", str(len(best.values)), *tests)
     return table
 
 
@@ -57,7 +57,7 @@ def _costs(method: MethodResult) -> list[str]:
         readable_bytes(method.peak_memory_bytes),
         f"{method.tokens_per_second:,.0f}",
         f"{method.wall_time_seconds:.0f} s",
-        "-" if method.retention is None else f"{method.retention_before:.4f} -> {method.retention:.4f}",
+        "-" if method.retention is None else f"{score(method.retention_before or 0.0)} -> {score(method.retention)}",
     ]
 
 

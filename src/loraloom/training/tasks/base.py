@@ -9,7 +9,8 @@ import transformers
 from datasets import Dataset
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.config import DataSection, RunConfig
 
 TEXT_TYPES = ("string", "large_string")

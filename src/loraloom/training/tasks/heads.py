@@ -177,7 +177,8 @@ def class_weights(chosen: Any, labels: Sequence[int], names: list[str]) -> torch
     """
     from sklearn.utils.class_weight import compute_class_weight
 
-    from loraloom.errors import InputError, did_you_mean
+    from loraloom.errors import InputError
+    from loraloom.text import did_you_mean
 
     if chosen is None:
         return None

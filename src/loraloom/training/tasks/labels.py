@@ -5,7 +5,8 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.tasks.base import TEXT_TYPES, Parts, holds
 
 SHOWN = 20  # labels that an error lists

@@ -8,7 +8,8 @@ import torch
 from datasets import ClassLabel, Dataset
 from torch.nn import functional as F
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.config import DataSection
 from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, RunData, named_column
 from loraloom.training.tasks.heads import TextHeadTask

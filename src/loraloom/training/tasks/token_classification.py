@@ -11,7 +11,8 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import DataCollatorForTokenClassification
 
-from loraloom.errors import InputError, did_you_mean
+from loraloom.errors import InputError
+from loraloom.text import did_you_mean
 from loraloom.training.config import DataSection
 from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, RunData, Setup, batches, named_column
 from loraloom.training.tasks.heads import HeadTask, class_weights, cross_entropy_sum

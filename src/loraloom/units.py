@@ -1,3 +1,0 @@
-"""Moves to its callers."""
-
-from loraloom.text import readable_bytes as readable_bytes
