@@ -16,7 +16,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 50
-ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+WITH_MAGNITUDE: tuple[type, ...] = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ADAPTABLE = (*WITH_MAGNITUDE, nn.MultiheadAttention)
 HEADS = {"classifier", "score", "qa_outputs", "classification_head"}  # trained in full, as modules to save
 IDS = torch.arange(5, 17).reshape(2, 6)
 
@@ -83,7 +84,7 @@ class Row:
                 parameter.data.add_(0.1 * noise)
         return model.eval()
 
-    def every_module(self) -> list[str]:
+    def every_module(self, kinds: tuple[type, ...] = ADAPTABLE) -> list[str]:
         """Names of all modules of a kind that we adapt, but heads and tied weights.
 
         PEFT refuses some: the convolutions with many groups, and what it knows Mamba's kernels to read.
@@ -96,7 +97,7 @@ class Row:
         return [
             name
             for name, module in model.named_modules()
-            if isinstance(module, ADAPTABLE)
+            if isinstance(module, kinds)
             and owners[id(getattr(module, "weight", None))] <= 1
             and name not in left_out
             and not HEADS & {*name.split(".")}

@@ -1,4 +1,4 @@
-"""Bare parameters (``target_parameters``): the stacked experts of mixture-of-experts models.
+"""Bare parameters: the experts of mixtures (``target_parameters``), the input projection of nn.MultiheadAttention.
 
 A parameter holds E matrices W_e (out, in), as (E, out, in), or (E, in, out) where the module says `is_transposed`. Each
 has an update of its own, ``D_e = g s B_e M_e A_e``. They are stored as PEFT stores them: A (E r, in) expert by expert,
@@ -15,6 +15,7 @@ from loraloom.errors import InputError
 from loraloom.tuner import init as initialization
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
+from loraloom.tuner.peft_internals import PREFIX
 from loraloom.update.adapted_stack import AdaptedStack
 from loraloom.update.parts import Part, Shape
 from loraloom.update.terms import compute_dtype
@@ -100,7 +101,31 @@ class ParamWrapper(LoomLayer):
             return matrix[0]
         return matrix.mT if self._is_transposed else matrix
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, adapted if it is this parameter."""
+        return self._adapted_parameter() if self.parameter_name == "weight" else self.get_base_layer().weight
+
+    def __getattr__(self, name: str) -> Any:
+        # What the model asks the module for; the adapted parameter too, where it is read from outside.
+        if name == self.__dict__["parameter_name"]:
+            return self._adapted_parameter()
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__["_modules"].get("base_layer")
+            if base is None or name.startswith((PREFIX, "__")):
+                raise
+            return getattr(base, name)
+
     # The update
+
+    def _adapted_parameter(self) -> Tensor:
+        adapters = [name for name in self.active_adapters if self.has_adapter(name)]
+        W = self.get_base_weight()
+        if not adapters or self._disable_adapters or self.merged_adapters:
+            return W
+        return self.as_weight(self._adapted_matrix(adapters, self.as_matrix(W))).to(W.dtype)
 
     def expert_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (E, r, in) and B (E, out, r) of every expert, with ``D_e = B_e A_e``: mixer, gate and scale included."""
@@ -168,4 +193,24 @@ class ParamWrapper(LoomLayer):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer = layer.base_layer
+        for name, child in list(layer.named_children()):
+            if isinstance(child, LoomLayer):  # the output projection of nn.MultiheadAttention
+                if merge:
+                    child.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                setattr(layer, name, child.get_base_layer())
         return layer
+
+
+def check_attention(module: nn.MultiheadAttention, name: str) -> str:
+    """The parameter by which attention is adapted; its output projection is adapted as a linear layer.
+
+    Raises:
+        InputError: "attention-widths": queries, keys and values have weights of their own.
+    """
+    if module.in_proj_weight is None:
+        raise InputError(
+            f"{name} is an nn.MultiheadAttention whose keys or values have another width than its queries: name its "
+            "out_proj in target_modules, or q_proj_weight, k_proj_weight and v_proj_weight in target_parameters.",
+            code="attention-widths",
+        )
+    return "in_proj_weight"

@@ -14,7 +14,7 @@ from loraloom.errors import InputError
 from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
-from loraloom.tuner.experts import ParamWrapper
+from loraloom.tuner.experts import ParamWrapper, check_attention
 from loraloom.tuner.layer import BASE, Factor, LoomLayer
 from loraloom.tuner.linear import LoomLinear
 from loraloom.tuner.peft_internals import (
@@ -106,9 +106,17 @@ class LoomModel(BaseTuner):
             r = alpha = sum(composition.ranks[current_key])
         if isinstance(target, LoomLayer) and (parameter_name is None or _wraps(target, parameter_name)):
             target.update_layer(adapter_name, peft_config, r, alpha)
+            if isinstance(attention := target.get_base_layer(), nn.MultiheadAttention):
+                attention.out_proj.update_layer(adapter_name, peft_config, r, alpha)  # type: ignore[operator]
             if composition is not None:
                 target.add_composition(adapter_name, composition, current_key)
             return
+        if isinstance(target, nn.MultiheadAttention) and parameter_name is None:
+            parameter_name = check_attention(target, current_key)
+            out_proj = LoomLinear(target.out_proj, adapter_name, peft_config, r, alpha)
+            out_proj.requires_grad_(adapter_name in self.active_adapters)
+            out_proj.base_layer.requires_grad_(False)
+            target.out_proj = out_proj  # type: ignore[assignment]
         if parameter_name is not None:
             wrapper = ParamWrapper(target, adapter_name, peft_config, r, alpha, parameter_name)
             if adapter_name not in self.active_adapters:
