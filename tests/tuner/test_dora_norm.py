@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from loraloom import LoomConfig
+from loraloom.tuner import row_norm
+from loraloom.update.terms import Term
 from tests.tuner.support import (
     ALL_PARTS,
     ALPHA,
@@ -342,3 +344,16 @@ def test_a_parametrized_weight_which_is_another_tensor_at_each_access(parametriz
             W = layer.base_layer.weight.detach()
             dense = Dense("linear", W.double(), layer.base_layer.bias.double())
             assert_near(model(x), dense(x, dense.adapted_weight(adapter_tensors(model), parts)), torch.float32)
+
+
+def test_on_an_accelerator_the_squared_norm_of_the_base_is_kept_by_address_and_version(monkeypatch):
+    """The meta device stands for one: what waits for its values is an error."""
+    calls = []
+    squared_row_norm = row_norm.squared_row_norm
+    monkeypatch.setattr(row_norm, "squared_row_norm", lambda W: calls.append(1) or squared_row_norm(W))
+    W, term = torch.empty(10, 6, device="meta"), Term(*(torch.empty(*s, device="meta") for s in ((4, 6), (10, 4))))
+    cache = row_norm.RowNormCache()
+    for change, expected in ((lambda: None, 1), (lambda: None, 1), (lambda: W.add_(1), 2), (cache.clear, 3)):
+        change()
+        assert cache(W, lambda: W, [term]).shape == (10,)
+        assert len(calls) == expected

@@ -2,8 +2,9 @@
 
 On the CPU the norm is kept together with what it was computed from and compared by content, because version counters
 miss edits through ``.data``: a stale norm would be a silent wrong result. The comparison costs O(r (in + out)), the
-norm O(r in out). On an accelerator a comparison would make the host wait for the device in every layer, so there each
-forward computes it.
+norm O(r in out). On an accelerator a comparison would make the host wait for the device in every layer. There each
+forward computes the norm, and only ``||W||^2`` is kept, by the address and the version of W: an edit of a base weight
+through ``.data`` is not seen there.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,12 +43,15 @@ class RowNormCache:
             weight: gives the base weight W (out, in); called when a norm has to be computed.
             terms: what D is the sum of.
         """
-        # A compiler would bake a cached norm into its graph.
-        if parameter is None or parameter.device.type != "cpu" or torch.compiler.is_compiling():
+        if parameter is None or torch.compiler.is_compiling():  # a compiler would bake a cached norm into its graph
             return row_norm(weight(), *fold(terms))
-
         version = 0 if parameter.is_inference() else parameter._version  # inference tensors have none
         base = (parameter.data_ptr(), version, parameter.dtype, parameter.shape)
+        if parameter.device.type != "cpu":
+            W = weight()
+            if base != self._base:
+                self._base, self._squared = base, squared_row_norm(W)
+            return row_norm(W, *fold(terms), self._squared)
         # An odd step, so that the entries do not all lie in one column.
         sample = parameter.detach().reshape(-1)[:: parameter.numel() // _SAMPLES | 1]
         if base != self._base or not torch.equal(sample, self._sample):  # type: ignore[arg-type]

@@ -37,12 +37,12 @@ class Rescaled(torch.autograd.Function):
         """``again``: z comes from an AdaptedLinear with a W, which can make it again."""
         c = row_scale(magnitude, norm)
         ctx.keeps_output = again and bias is None and not (z.device.type == "cpu" and not magnitude.all())
-        ctx.constants, ctx.version = (magnitude.detach(), norm), magnitude._version
+        ctx.constants, ctx.version = (magnitude.detach(), norm, c), magnitude._version
         if ctx.keeps_output:
-            ctx.save_for_backward(z.mul_(c), magnitude, norm)
+            ctx.save_for_backward(z.mul_(c), magnitude, norm, c)
             ctx.mark_dirty(z)
             return z
-        ctx.save_for_backward(z, magnitude, norm)
+        ctx.save_for_backward(z, magnitude, norm, c)
         if bias is None:
             return torch.mul(z, c, out=torch.empty_like(z))
         return torch.addcmul(bias, z, c, out=torch.empty_like(z))
@@ -52,10 +52,10 @@ class Rescaled(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         is_output = ctx.keeps_output
         try:
-            saved, magnitude, norm = ctx.saved_tensors
+            saved, magnitude, norm, c = ctx.saved_tensors
         except RuntimeError:  # something saved has been changed in place
             maker = ctx.next_functions[0][0]
-            magnitude, norm = ctx.constants
+            magnitude, norm, c = ctx.constants
             if not is_output or maker is None or magnitude._version != ctx.version:
                 raise
             saved, is_output = AdaptedLinear.again(maker), False
@@ -66,5 +66,5 @@ class Rescaled(torch.autograd.Function):
             sums = product.sum(0, dtype=compute_dtype(g))
             grad_m = row_scale(sums, magnitude if is_output else norm).to(magnitude.dtype)
         if needs_z:
-            dz = torch.mul(g, row_scale(magnitude, norm), out=torch.empty_like(g) if grad_m is None else product)
+            dz = torch.mul(g, c, out=torch.empty_like(g) if grad_m is None else product)
         return dz, grad_m, None, g.sum(0, dtype=compute_dtype(g)) if needs_bias else None, None

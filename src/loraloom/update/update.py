@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraloom.update import split
 from loraloom.update.terms import Term, compute_dtype, fold
 
 # A row whose squared norm is under this share of ||W_i||^2 has cancelled. The expansion of row_norm adds numbers of
@@ -89,18 +90,28 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, W_squared: Tensor | None = None) -
     """
     dtype = compute_dtype(A, B)
     W_squared = squared_row_norm(W) if W_squared is None else W_squared
-    # A base in another dtype is converted a few rows at a time: no copy of W as a whole.
-    blocks = [W] if W.dtype == dtype else W.split(1024)
-    product = torch.cat([block.to(dtype) @ A.T for block in blocks])
-    squared = W_squared + product.mul_(2).add_(B @ (A @ A.T)).mul_(B).sum(dim=1)
-    cancelled = squared < _CANCELLED * W_squared
+    # 2 W A^T + B (A A^T), times B: both terms at once.
+    squared = W_squared + torch.addmm(_times_transposed(W, A), B, A @ A.T, beta=2).mul_(B).sum(dim=1)
     if W.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = (squared < _CANCELLED * W_squared).nonzero()[:, 0]
         norm = squared.clamp_min_(0).sqrt_()
-        if not cancelled.any():
+        if not len(rows):
             return norm
-        rows = cancelled.nonzero()[:, 0]
     else:
         norm = torch.maximum(squared, torch.finfo(dtype).eps * W_squared).sqrt_()
         rows = (squared / W_squared).topk(min(_DIRECT_ROWS, len(W)), largest=False).indices
-    direct = [torch.linalg.vector_norm(torch.addmm(W[i].to(dtype), B[i], A), dim=1) for i in rows.split(1024)]
-    return norm.index_copy_(0, rows, torch.cat(direct).to(norm.dtype))
+    blocks = [torch.linalg.vector_norm(torch.addmm(W[i].to(dtype), B[i], A), dim=1) for i in rows.split(1024)]
+    return norm.index_copy_(0, rows, (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(norm.dtype))
+
+
+def _times_transposed(W: Tensor, A: Tensor) -> Tensor:
+    """``W A^T`` (out, r) in A's dtype, at least float32."""
+    if W.dtype == A.dtype:
+        return W @ A.T
+    if A.dtype is torch.float32 and split.supported(W.device, W.dtype):
+        r = len(A)
+        product = split.product(W, split.split_rows(A)[: 2 * r].t())
+        return product[:, :r] + product[:, r:]
+    # No copy of W as a whole in the host's memory; an accelerator has room for one, and time for one launch.
+    blocks = W.split(1024) if W.device.type == "cpu" else [W]
+    return torch.cat([block.to(A.dtype) @ A.T for block in blocks])
