@@ -230,3 +230,41 @@ def test_a_mixed_batch_on_a_4_bit_base():
         with model.disable_adapter():
             rows.append(model(data())[2])
     assert_near(mixed, torch.stack(rows))
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=PART_IDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_4_bit_base_in_the_node_has_the_outputs_and_gradients_of_one_beside_it(parts, bias, dropout):
+    """A hook on the base layer makes it run beside the node."""
+
+    def run(hook):
+        model, x = quantised("nf4", parts).train(), data().requires_grad_()
+        layer = model.get_base_model().target
+        layer.dropout["default"] = dropout
+        base = layer.get_base_layer()
+        if not bias:
+            base.bias = None
+        if hook:
+            base.register_forward_hook(lambda *_: None)
+        torch.manual_seed(0)
+        output = model(x)
+        output.square().sum().backward()
+        trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+        return output.detach(), *(t.grad for t in trained)
+
+    for value, expected in zip(run(False), run(True), strict=True):
+        assert_near(value, expected)
+
+
+def test_a_4_bit_base_is_dequantised_once_in_a_pass(monkeypatch):
+    """Backward alone needs the weight as such, for the gradient of the input."""
+    model, x = quantised("nf4", {}).train(), data().requires_grad_()
+    layer, made = model.get_base_model().target, []
+    monkeypatch.setattr(
+        type(layer), "base_matrix", lambda self: made.append(1) or self.as_matrix(self.get_base_weight())
+    )
+    output = model(x)
+    assert not made
+    output.sum().backward()
+    assert len(made) == 1

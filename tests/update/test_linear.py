@@ -285,3 +285,26 @@ def test_a_sum_of_adapters_makes_no_tensor_for_each_of_them(scalings, gates):
     assert counter.launches == 2 + (gates != "none") * (1 + (len({*scalings}) > 1))
     expected = sum(t.scaling * (t.B @ t.A) for t in terms)
     torch.testing.assert_close((term.B * scale(term)) @ term.A, expected)
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_mask_that_is_kept_is_that_of_the_forward(through, dtype, monkeypatch):
+    """As in a CUDA graph, whose replays draw from torch's own generator, in one block of rows and in several."""
+    monkeypatch.setattr(node, "_capturing", lambda device: True)
+    monkeypatch.setattr(node, "_BLOCK_ROWS", 2)
+    x, W, term, *_ = tensors(True, True, False, False)
+    x = x.detach().to(dtype).requires_grad_()
+    W = W.detach().to(dtype)
+    torch.manual_seed(3)
+    output = ours(x, W, term, None, None, None, through, dropout=0.5)
+    torch.manual_seed(3)
+    kept = torch.empty(TOKENS, IN, dtype=torch.bool).bernoulli_(0.5)
+    expected = F.linear(x.double(), W.double()) + term.scaling * term.gate * F.linear(
+        F.linear(x.double() * kept / 0.5, term.M @ term.A), term.B
+    )
+    assert_near(output, expected.detach(), dtype)
+    parts = [x, term.A, term.B, term.M, term.gate]
+    gradients = (torch.autograd.grad(y.double().square().sum(), parts) for y in (output, expected))
+    for gradient, value in zip(*gradients, strict=True):
+        assert_near(gradient, value, dtype, factor=3)

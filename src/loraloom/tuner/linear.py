@@ -11,7 +11,15 @@ from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.peft_internals import features_of
 from loraloom.update.linear import adapted_linear
+from loraloom.update.node import LinearMap, Weight
 from loraloom.update.terms import Term, scale
+
+
+def calls_only_forward(module: nn.Module) -> bool:
+    """Whether calling the module is its class's forward and nothing else: no hook, no offloading."""
+    return "forward" not in vars(module) and not (  # accelerate's offloading replaces it
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
@@ -19,10 +27,7 @@ def is_plain_linear(module: Any) -> TypeGuard[nn.Linear]:
     return (
         type(module) is nn.Linear
         and type(module._parameters.get("weight")) is nn.Parameter  # else sharded, quantised or parametrized
-        and "forward" not in vars(module)  # accelerate's offloading replaces it
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
+        and calls_only_forward(module)
     )
 
 
@@ -59,17 +64,31 @@ class LoomLinear(LoomLayer):
         return F.linear((h * scale(term)).to(term.B.dtype), term.B)
 
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base = self._modules["base_layer"]
-        if not self.add_up(adapters) or not calls_only_linear(base, x):
+        base: Any = self._modules["base_layer"]
+        if not self.add_up(adapters):
             return super().adapted_forward(x, adapters, *args, **kwargs)
         # One node for base and adapter: no second pass over the output, nor over the gradient of the input.
-        return self._adapt_by(adapters, x, base._parameters["bias"], W=base._parameters["weight"])
+        if calls_only_linear(base, x):
+            return self._adapt_by(adapters, x, base._parameters["bias"], W=base._parameters["weight"])
+        if self._is_four_bit(base, adapters):
+            return self._adapt_by(adapters, x, base._parameters["bias"], W=LinearMap(base, self.base_matrix))
+        return super().adapted_forward(x, adapters, *args, **kwargs)
+
+    def _is_four_bit(self, base: Any, adapters: list[str]) -> bool:
+        """Whether the base layer is 4-bit, alone in its output, and trained through."""
+        return (
+            getattr(self.quantization_backend, "backend_name", None) == "bnb 4bit"
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and calls_only_forward(base)
+            and (base._parameters["bias"] is None or self.magnitude(adapters[0]) is None)
+        )
 
     def adapt_together(self, adapters: list[str], x: Tensor, base_out: Tensor) -> Tensor:
         return self._adapt_by(adapters, x, getattr(self.get_base_layer(), "bias", None), base_out)
 
     def _adapt_by(
-        self, names: list[str], x: Tensor, bias: Tensor | None, base_out: Tensor | None = None, W: Tensor | None = None
+        self, names: list[str], x: Tensor, bias: Tensor | None, base_out: Tensor | None = None, W: Weight | None = None
     ) -> Tensor:
         magnitude = self.magnitude(names[0])
         result = adapted_linear(

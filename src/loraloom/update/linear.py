@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraloom.update.node import AdaptedLinear, Weight
+from loraloom.update.node import AdaptedLinear, LinearMap, Weight
 from loraloom.update.rescale import Rescaled
 from loraloom.update.terms import Term, autocast_dtype, scale
 from loraloom.update.update import row_scale
@@ -35,7 +35,8 @@ def adapted_linear(
         x: input (..., in).
         term: the low-rank update.
         base_out: the base layer's output ``x W^T + bias`` (..., out) where something else computes it. Not changed.
-        W: the base weight (out, in), when base_out is not given; or a function that makes it, called once in each pass.
+        W: the base weight (out, in), or a map in its place, when base_out is not given. A map takes no magnitude beside
+            a bias, and is not compiled.
         bias: the base layer's bias (out,), which DoRA does not scale.
         magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), for c = m / norm; both or neither.
         dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
@@ -46,7 +47,7 @@ def adapted_linear(
     """
     uniform = x.dtype is term.A.dtype and not dropout and autocast_dtype(x.device.type) is None
     few = magnitude is None or x.numel() <= _FEW_TOKENS * x.shape[-1]
-    if ((uniform and few) or torch.compiler.is_compiling()) and not callable(W):
+    if ((uniform and few) or torch.compiler.is_compiling()) and not isinstance(W, LinearMap):
         return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
     A, B, M, gate, scaling = term
     # Flat outside the node: a view made inside could not be changed in place, as ReLU(inplace=True) does.

@@ -23,14 +23,28 @@ from loraloom.update.terms import autocast_dtype
 _BLOCK_ROWS = 2048
 
 _Factors = tuple[Tensor, Tensor, Tensor | None, Tensor | float]  # A, B, M, sigma
-Weight = Tensor | Callable[[], Tensor]
+
+
+class LinearMap(NamedTuple):
+    """A base layer whose weight is stored in another form, such as 4-bit.
+
+    Attributes:
+        apply: ``x W^T + b`` in memory that is nobody else's, for x (tokens, in).
+        matrix: W (out, in), made once in each backward pass, for the gradient of x.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    matrix: Callable[[], Tensor]
+
+
+Weight = Tensor | LinearMap
 
 
 class AdaptedLinear(torch.autograd.Function):
     """z = x W^T + b + u B^T with u = sigma k, k = h M^T, h = x_d A^T, x_d = mask * x / (1 - p).
 
-    sigma = s g. M, g and b may be missing. W is a tensor or, when it is stored in another form, a function that makes
-    it; without W the caller gives base_out = x W^T + b, whatever computed it.
+    sigma = s g. M, g and b may be missing. W is a tensor, or a LinearMap, to which b is given for its gradient alone.
+    Without W the caller gives base_out = x W^T + b, whatever computed it.
 
     Let G = dL/dz (tokens, out). Then
 
@@ -41,7 +55,7 @@ class AdaptedLinear(torch.autograd.Function):
         dL/dA = (dL/dh)^T x_d                       dL/dx = G W + mask * ((dL/dh) A) / (1 - p)
 
     Nothing of size (tokens, out) is saved. The dropout mask is not saved but drawn again from its seed, which comes
-    from torch's generator, so that checkpointing restores it.
+    from torch's generator, so that checkpointing restores it; in a CUDA graph it is saved, one byte an entry.
     """
 
     @staticmethod
@@ -60,18 +74,19 @@ class AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         autocast = autocast_dtype(x.device.type)
         ctx.scaling, ctx.dropout = scaling, dropout
-        ctx.seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        kept = _draw(x, dropout) if dropout and _capturing(x.device) else None
+        ctx.seed = int(torch.randint(2**62, ()).item()) if dropout and kept is None else 0
         ctx.base_dtype, ctx.dtype = autocast or x.dtype, autocast or A.dtype
-        ctx.weight = None if W is None or isinstance(W, Tensor) else W
-        z, *saved = _output(ctx, x, A, B, M, gate, base_out, W, bias)
-        ctx.save_for_backward(x, A, B, M, gate, W if isinstance(W, Tensor) else None, *saved)
+        ctx.map = W if isinstance(W, LinearMap) else None
+        z, *saved = _output(ctx, x, A, B, M, gate, base_out, W, bias, kept)
+        ctx.save_for_backward(x, A, B, M, gate, W if isinstance(W, Tensor) else None, kept, *saved)
         return cast(Tensor, z)
 
     @staticmethod
     def again(node: Any) -> Tensor:
         """The output without the bias, from what a node with a W has saved."""
-        x, A, B, M, gate, W, *_ = node.saved_tensors
-        return cast(Tensor, _output(node, x, A, B, M, gate, None, node.weight if W is None else W, None)[0])
+        x, A, B, M, gate, W, kept, *_ = node.saved_tensors
+        return cast(Tensor, _output(node, x, A, B, M, gate, None, node.map if W is None else W, None, kept)[0])
 
     @staticmethod
     @once_differentiable
@@ -92,6 +107,7 @@ def _output(
     base_out: Tensor | None,
     W: Weight | None,
     bias: Tensor | None,
+    kept: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """z, and what backward needs besides the inputs: h, or h1, A1 and B1 where factors are split."""
     fresh = base_out is None
@@ -106,7 +122,7 @@ def _output(
             return y, h[:, :r], None, None
         return y, h[:, :r], As[:r], Bs[:, :r]
     factors = _factors(A, B, M, gate, ctx.scaling, ctx.dtype)
-    mask = _masks(ctx.seed, ctx.dropout, x.device, ctx.dtype) if ctx.dropout else None
+    mask = _masks(ctx, x.device, kept) if ctx.dropout else None
     if z.dtype == ctx.dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
         return _add_update(z, x, factors, mask, fresh)
     y = z if fresh else torch.empty_like(z)
@@ -120,22 +136,23 @@ def _output(
 
 
 def _base(ctx: Any, x: Tensor, W: Weight, bias: Tensor | None) -> Tensor:
-    weight = W if isinstance(W, Tensor) else W()
-    return F.linear(_to(x, ctx.base_dtype), _to(weight, ctx.base_dtype), _cast(bias, ctx.base_dtype))
+    if isinstance(W, LinearMap):
+        return W.apply(x)
+    return F.linear(_to(x, ctx.base_dtype), _to(W, ctx.base_dtype), _cast(bias, ctx.base_dtype))
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple:
-    x, A, B, M, gate, W, h, *parts = ctx.saved_tensors
+    x, A, B, M, gate, W, kept, h, *parts = ctx.saved_tensors
     dtype = ctx.dtype
     needs_x, needs_A, needs_B, needs_M, needs_gate, _, _, needs_out, needs_W, needs_bias = ctx.needs_input_grad
-    weight = ctx.weight() if needs_x and ctx.weight is not None else W
+    weight = ctx.map.matrix() if needs_x and ctx.map is not None else W
     dx: Any = g @ _to(weight, g.dtype) if needs_x and weight is not None else None
     needs = needs_x, needs_A, needs_B, needs_M, needs_gate
     if ctx.split:
         dx, sums = _split_gradient(dx, g, x, h, A, B, parts, ctx.scaling, needs)
     else:
         factors = _factors(A, B, M, gate, ctx.scaling, dtype)
-        mask = _masks(ctx.seed, ctx.dropout, x.device, dtype) if ctx.dropout else None
+        mask = _masks(ctx, x.device, kept) if ctx.dropout else None
         if g.dtype == dtype == x.dtype or x.shape[0] <= _BLOCK_ROWS:
             dx, sums = _add_gradient(dx, g, x, h, factors, mask, needs)
         else:
@@ -279,7 +296,27 @@ def _up(tensor: Tensor) -> Tensor:
     return tensor.to(_accumulator(tensor.dtype))
 
 
-def _masks(seed: int, p: float, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """A function that draws inverted dropout's factors, 0 or 1 / (1 - p), block after block."""
-    random = torch.Generator(device).manual_seed(seed)
-    return lambda x: torch.empty_like(x, dtype=dtype).bernoulli_(1.0 - p, generator=random).div_(1.0 - p)
+def _masks(ctx: Any, device: torch.device, kept: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A function that gives inverted dropout's factors, 0 or 1 / (1 - p), block of rows after block."""
+    keep, dtype = 1.0 - ctx.dropout, ctx.dtype
+    if kept is None:
+        random = torch.Generator(device).manual_seed(ctx.seed)
+        return lambda x: torch.empty_like(x, dtype=dtype).bernoulli_(keep, generator=random).div_(keep)
+    start = 0
+
+    def following(x: Tensor) -> Tensor:
+        nonlocal start
+        start += len(x)
+        return kept[start - len(x) : start].to(dtype).div_(keep)
+
+    return following
+
+
+def _draw(x: Tensor, p: float) -> Tensor:
+    """Which entries dropout keeps, by torch's own generator of the device, which a CUDA graph advances."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - p)
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured. A seed drawn on the host would be the same in every replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
