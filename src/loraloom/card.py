@@ -44,7 +44,8 @@ ANSWERS = {
     "AutoModelForCausalLM": _WRITES,
     "AutoModelForSeq2SeqLM": _WRITES,
     "AutoModelForSequenceClassification": (
-        f'logits = model(**processor("A text.", return_tensors="pt")).logits\n{_LABELS}'
+        'logits = model(**processor("A text.", return_tensors="pt")).logits  # of a pair: processor(text, other, ...)\n'
+        f"{_LABELS}"
     ),
     "AutoModelForTokenClassification": (
         'inputs = processor("Some words".split(), is_split_into_words=True, return_tensors="pt")\n'

@@ -10,13 +10,13 @@ from huggingface_hub import ModelCard
 
 from loraloom.training import fit
 from loraloom.training.data import data_sha256, load_data
-from loraloom.training.load import dump_config
+from loraloom.training.load import build_config
 
 from .support import with_method, with_training
 
 
 @pytest.mark.parametrize("method", ["moslora", "full"])
-def test_the_card_of_a_classifier(classification, method):
+def test_the_card_of_a_classifier(classification, method, monkeypatch, capsys):
     config = with_method(with_training(classification, max_steps=2), method)
     result = fit.train(config, command="loraloom train RUN.yaml")
     folder = Path(config.output.dir)
@@ -25,13 +25,19 @@ def test_the_card_of_a_classifier(classification, method):
     assert f"{result.after['accuracy']:.4f}" in card.text
     assert data_sha256(load_data(config.data, "text-classification")) in card.text
     assert "loraloom train RUN.yaml" in card.text
-    assert ("vLLM" in card.text) == (method == "moslora")
+    assert "vLLM" not in card.text  # language model servers take no classifier
+    assert "null" not in card.text
     (text,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
-    assert yaml.safe_load(text) == yaml.safe_load(dump_config(config))
+    assert build_config(yaml.safe_load(text)) == config
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert str(folder) not in code
+    monkeypatch.chdir(folder)
+    base = Path(config.model.name)
+    (folder / base.name).symlink_to(base)
     scope: dict = {}
     exec(code, scope)
     assert scope["model"].config.num_labels == 3
+    assert capsys.readouterr().out.strip() in result.label_names
 
 
 def test_the_hash_is_of_the_rows(classification, tmp_path):

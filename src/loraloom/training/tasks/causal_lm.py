@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import Trainer
 from trl import SFTConfig
 
+from loraloom.card import ANSWERS
 from loraloom.errors import InputError
 from loraloom.training.config import DataSection, Format, RunConfig
 from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, RunData, Setup, Task, no_column
@@ -42,10 +43,7 @@ class CausalLM(Task):
     auto = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     arguments = SFTConfig
-    usage = (
-        'inputs = processor("A text", return_tensors="pt")\n'
-        "print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"
-    )
+    usage = ANSWERS["AutoModelForCausalLM"]
 
     def rows(self, section: DataSection, parts: Parts) -> Rows:
         found = parts["train"].column_names

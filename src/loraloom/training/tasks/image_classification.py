@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor
 
+from loraloom.card import ANSWERS
 from loraloom.errors import InputError
 from loraloom.training.config import DataSection
 from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, RunData, Setup, batches, named_column
@@ -28,11 +29,7 @@ class ImageClassification(HeadTask):
     auto = "AutoModelForImageClassification"
     peft_type: str | None = None  # PEFT's wrapper of the other heads expects input_ids
     processor = "AutoImageProcessor"
-    usage = (
-        "from PIL import Image\n\n"
-        'logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits\n'
-        "print(config.id2label[logits.argmax().item()])"
-    )
+    usage = ANSWERS["AutoModelForImageClassification"]
 
     def rows(self, section: DataSection, parts: Parts) -> Rows:
         found = parts["train"].column_names

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from loraloom.card import ANSWERS
 from loraloom.errors import InputError
 from loraloom.training.config import DataSection
 from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, RunData, Setup, named_column
@@ -17,10 +18,7 @@ from loraloom.training.tasks.labels import label_ids, label_names
 class TextClassification(TextHeadTask):
     """Columns `text`, `text_pair` (with pairs) and `label` (id)."""
 
-    usage = (
-        'logits = model(**processor("A text.", return_tensors="pt")).logits  # of a pair: processor(text, other, ...)\n'
-        "print(config.id2label[logits.argmax().item()])"
-    )
+    usage = ANSWERS["AutoModelForSequenceClassification"]
 
     def rows(self, section: DataSection, parts: Parts) -> Rows:
         label = named_column(section, "label_column", parts["train"].column_names, ("label", "labels"))

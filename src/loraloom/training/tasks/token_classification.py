@@ -11,6 +11,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import DataCollatorForTokenClassification
 
+from loraloom.card import ANSWERS
 from loraloom.errors import InputError
 from loraloom.text import did_you_mean
 from loraloom.training.config import DataSection
@@ -24,10 +25,7 @@ class TokenClassification(HeadTask):
 
     auto = "AutoModelForTokenClassification"
     peft_type = "TOKEN_CLS"
-    usage = (
-        'inputs = processor("Some words".split(), is_split_into_words=True, return_tensors="pt")\n'
-        "print([config.id2label[i] for i in model(**inputs).logits[0].argmax(-1).tolist()])  # a tag per token"
-    )
+    usage = ANSWERS["AutoModelForTokenClassification"]
 
     def rows(self, section: DataSection, parts: Parts) -> Rows:
         found = parts["train"].column_names
