@@ -12,8 +12,9 @@ export TOKENIZERS_PARALLELISM := false
 quickstart: $(STAMP)
 	$(BIN)/loraloom quickstart
 
+# One process per core, each with one thread; a file's tests stay together, with the models that they share.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""

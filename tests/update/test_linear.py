@@ -38,19 +38,20 @@ class CountLaunches(TorchDispatchMode):
         return result
 
 
-def tensors(mixer, gate, dora, bias, dtype=torch.float64, rank=R):
+def tensors(mixer, gate, dora, bias, dtype=torch.float64, rank=R, sizes=(TOKENS, IN, OUT)):
     """x, W and the adapter's parts, all leaves that want gradients (norm excepted)."""
+    tokens, inputs, outputs = sizes
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     W, term = (
-        leaf(OUT, IN),
-        Term(leaf(rank, IN), leaf(OUT, rank), leaf(rank, rank) if mixer else None, leaf(1) if gate else None, 1.7),
+        leaf(outputs, inputs),
+        Term(leaf(rank, inputs), leaf(outputs, rank), leaf(rank, rank) if mixer else None, leaf(1) if gate else None, 1.7),
     )
     norm = (W + Update([term]).delta()).norm(dim=1).detach() if dora else None
-    return leaf(TOKENS, IN), W, term, leaf(OUT) if dora else None, norm, leaf(OUT) if bias else None
+    return leaf(tokens, inputs), W, term, leaf(outputs) if dora else None, norm, leaf(outputs) if bias else None
 
 
 def reference(x, W, term, magnitude, norm, bias):
@@ -85,7 +86,8 @@ all_ways = pytest.mark.parametrize("through", ["weight", "base output", "weight,
 @all_ways
 @every_combination
 def test_gradcheck_in_float64(mixer, gate, dora, bias, through, dropout):
-    x, W, term, magnitude, norm, offset = tensors(mixer, gate, dora, bias)
+    # Each entry of each tensor costs two evaluations: the fewest sizes that all differ.
+    x, W, term, magnitude, norm, offset = tensors(mixer, gate, dora, bias, rank=2, sizes=(3, 4, 5))
     parts = [t for t in (x, W, term.A, term.B, term.M, term.gate, magnitude, offset) if t is not None]
 
     def run(*_):
