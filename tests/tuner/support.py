@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from loraloom import LoomConfig
@@ -82,6 +83,17 @@ def quantised_base(kind, dtype=torch.float32):
     base = Toy(layer)
     setattr(base, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
     return base
+
+
+def nf4_llama(directory, nested=False):
+    """A language model in 4 bits."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=quantization, device_map="cpu")
 
 
 def make_base(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Toy:

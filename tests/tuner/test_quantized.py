@@ -5,7 +5,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraloom import LoomConfig
 from tests.tuner.support import (
@@ -19,6 +18,7 @@ from tests.tuner.support import (
     adapter_tensors,
     assert_near,
     nf4_linear,
+    nf4_llama,
     peft_names,
     quantised_base,
     randomise,
@@ -183,16 +183,6 @@ def test_a_base_that_was_repacked_already_is_refused():
         pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack")
     with pytest.raises(RuntimeError, match=r"target.*repacked"):
         get_peft_model(base, LoomConfig(r=R, target_modules=["target"]))
-
-
-def nf4_llama(directory, nested=False):
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=quantization, device_map="cpu")
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])

@@ -1,26 +1,19 @@
 """Sped-up models by the routes that users take: loaders, trainers, compilers, precisions, processes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from loraloom import slow_down, speed_up
 from loraloom.tuner.speed_up import FastLora
-from tests.tuner import speed_up_worker as worker
 from tests.tuner.speed_up_support import assert_same, base_of, input_of, layer_of, pair
-from tests.tuner.support import Pair, Toy, randomise
-from tests.tuner.test_quantized import nf4_llama
-from tests.tuner.test_training import ARGUMENTS, SENTENCES, tokens
+from tests.tuner.support import Pair, Toy, nf4_llama, randomise
+from tests.tuner.trainer import ARGUMENTS, SENTENCES, tokens
 
 IDS = torch.arange(10, 22).reshape(2, 6)
 FEATURES = {"lora": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.1}}
@@ -302,41 +295,6 @@ def test_slow_down_after_use():
     slow_down(ours)
     assert not isinstance(layer_of(ours), FastLora)
     assert torch.equal(theirs(input_of("linear")), ours(input_of("linear")))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The directory in which two processes have left what they trained, a file for each mode."""
-    directory = tmp_path_factory.mktemp("two_processes")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", worker.__name__, str(rank), str(directory)],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(worker.WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return directory
-
-
-@pytest.mark.parametrize("mode", worker.MODES)
-def test_two_processes_equal_pefts_one(mode, trained):
-    model = worker.build()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    worker.train(model)
-    state = load_file(trained / f"{mode}.safetensors")
-    assert state.keys() == before.keys()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(state[name], parameter.detach(), rtol=1e-4, atol=1e-5)
-        assert torch.equal(state[name], before[name]) != parameter.requires_grad
 
 
 def test_a_sharded_class_says_how_to_slow_down():

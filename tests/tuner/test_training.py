@@ -10,9 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from loraloom import LoomConfig
 from tests.tuner.support import ALL_PARTS
-from tests.tuner.trainer import ARGUMENTS, HALF, STEPS, tokens
-
-SENTENCES = [f"the {a} {b} {c} ." for a in ("red", "green", "blue") for b in ("cat", "dog") for c in ("runs", "sleeps")]
+from tests.tuner.trainer import ARGUMENTS, HALF, SENTENCES, STEPS, tokens
 
 
 def config(**kwargs):

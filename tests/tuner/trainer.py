@@ -3,6 +3,7 @@
 import torch
 
 STEPS, HALF = 6, 3
+SENTENCES = [f"the {a} {b} {c} ." for a in ("red", "green", "blue") for b in ("cat", "dog") for c in ("runs", "sleeps")]
 ARGUMENTS = {
     "max_steps": STEPS,
     "save_steps": HALF,

@@ -48,7 +48,9 @@ def tensors(mixer, gate, dora, bias, dtype=torch.float64, rank=R, sizes=(TOKENS,
 
     W, term = (
         leaf(outputs, inputs),
-        Term(leaf(rank, inputs), leaf(outputs, rank), leaf(rank, rank) if mixer else None, leaf(1) if gate else None, 1.7),
+        Term(
+            leaf(rank, inputs), leaf(outputs, rank), leaf(rank, rank) if mixer else None, leaf(1) if gate else None, 1.7
+        ),
     )
     norm = (W + Update([term]).delta()).norm(dim=1).detach() if dora else None
     return leaf(tokens, inputs), W, term, leaf(outputs) if dora else None, norm, leaf(outputs) if bias else None
