@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
@@ -27,6 +27,7 @@ from tests.tuner.support import (
     assert_near,
     make_base,
     make_input,
+    pair_with_peft,
     randomise,
 )
 
@@ -357,3 +358,33 @@ def test_on_an_accelerator_the_squared_norm_of_the_base_is_kept_by_address_and_v
         change()
         assert cache(W, lambda: W, [term]).shape == (10,)
         assert len(calls) == expected
+
+
+@pytest.mark.parametrize("m", [None, 2.0], ids=["as it starts", "set"])
+def test_a_row_of_zeros_stays_zero_in_every_way_of_use_where_pefts_is_nan(m):
+    """A pruned base row; B does not reach it either."""
+
+    def pruned():
+        base = make_base("linear")
+        with torch.no_grad():
+            base.target.weight[3] = 0
+        return base
+
+    theirs, model = pair_with_peft(pruned, LoraConfig(r=R, target_modules=["target"], use_dora=True))
+    layer = model.get_base_model().target
+    with torch.no_grad():
+        for lora in (theirs, model):
+            for name, parameter in lora.named_parameters():
+                if "lora_B" in name:
+                    parameter[3] = 0
+                elif "magnitude" in name:
+                    parameter.view(-1)[3] = 0.0 if m is None else m
+        x, bias = make_input("linear"), layer.get_base_layer().bias
+        assert theirs(x)[..., 3].isnan().all()
+        assert (model(x)[..., 3] == bias[3]).all()
+        others = [i for i in range(10) if i != 3]
+        assert_near(model(x)[..., others], theirs(x)[..., others])
+        assert (layer.update("default").adapted_weight(layer.base_matrix())[3] == 0).all()
+        assert (layer.get_delta_weight("default")[3] == 0).all()
+        model.merge_adapter(safe_merge=True)
+        assert (layer.get_base_layer().weight[3] == 0).all()

@@ -47,7 +47,8 @@ class Composition:
     """Which layers share one v: "layer" none, "module_type" those of one kind (all q_proj), "model" all."""
     constraint: Literal["softmax", "scaled_softmax", "simplex", "free"] = "softmax"
     normalize: Literal["present", "all"] = "present"
-    """Over whom the weights add up to 1: the members that a layer has, or all. "free" weights need not add up."""
+    """"present": in each layer the weights of the members that adapt it add up to the total. "all": the weights of all
+    members do, so a layer that lacks some gets less. "free" weights need not add up."""
     trainable: bool = True
     total: float = 1.0
     """What the weights of a layer add up to: always with "softmax" and "simplex", at the start with the others."""
@@ -179,7 +180,8 @@ class LayerComposition:
         self.total = float(composition.total)
         self.tie: Tie | None = None
         self.owner = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
-        # Over whom the weights add up: a softmax is taken in each layer, a projection of v, which layers may share.
+        # The members whose weights add up. A softmax is taken in each layer; a projection of v serves all layers that
+        # share v.
         together = [self.ranks]
         if composition.constraint in ("simplex", "free") and composition.scope != "layer":
             group = composition.group(module)

@@ -94,8 +94,8 @@ def extend(Y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     along = basis.T @ Y
     Q, R = torch.linalg.qr(Y - basis @ along)
     for _ in range(_REPEATS):
-        # What QR has scaled up from rounding need not be orthogonal to the basis yet, nor after a second time where
-        # nearly all of it was in the basis.
+        # QR amplifies rounding, so repeat: one pass may leave Q not orthogonal to the basis; two may not be enough if Y
+        # lay almost entirely in it.
         again = basis.T @ Q
         along = along + again @ R
         Q, change = torch.linalg.qr(Q - basis @ again)
