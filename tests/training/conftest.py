@@ -4,6 +4,16 @@ import json
 import random
 
 import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from loraloom.training import fit
 from loraloom.training.config import (
@@ -95,3 +105,41 @@ def ctrl_c(monkeypatch):
         monkeypatch.setattr(fit, "build_trainer", with_interrupt)
 
     return at
+
+
+@pytest.fixture(scope="session")
+def pico_t5_dir(tmp_path_factory, pico_llama_dir):
+    """A two-layer T5 of width 32 with the words of the other pico models."""
+    folder = tmp_path_factory.mktemp("pico_t5")
+    tokenizer = AutoTokenizer.from_pretrained(pico_llama_dir)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[end])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pico_vit_dir(tmp_path_factory):
+    """A two-layer ViT for images of 8 x 8."""
+    folder = tmp_path_factory.mktemp("pico_vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder

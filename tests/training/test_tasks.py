@@ -6,10 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from tokenizers.processors import TemplateProcessing
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from loraloom.training import fit
 from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection, RunConfig
@@ -18,46 +15,6 @@ from loraloom.training.evaluate import evaluate_saved
 from .support import assert_error, with_training
 
 COLOURS, ANIMALS, FILL = ("red", "green", "blue"), ("dog", "cat", "bird"), ("the", "runs", "file", "line")
-
-
-@pytest.fixture(scope="session")
-def pico_t5_dir(tmp_path_factory, pico_llama_dir):
-    """A two-layer T5 of width 32 with the words of the other pico models."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("pico_t5")
-    tokenizer = AutoTokenizer.from_pretrained(pico_llama_dir)
-    end = (tokenizer.eos_token, tokenizer.eos_token_id)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[end])
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=tokenizer.pad_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pico_vit_dir(tmp_path_factory):
-    """A two-layer ViT for images of 8 x 8."""
-    folder = tmp_path_factory.mktemp("pico_vit")
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
-    return folder
 
 
 def write(path, rows):

@@ -18,6 +18,7 @@ from loraloom.training.config import (
 )
 
 
+# The sections are fields for the help alone: `load_config` reads their values as YAML, as it reads the file.
 @dataclass
 class Compose(Saving):
     """Make one adapter of trained ones: learn how much of each a few examples of a new task need.
@@ -31,7 +32,6 @@ class Compose(Saving):
     """Go on from the last complete checkpoint in output.dir."""
     nproc: int = 1
     """Processes to train with on this machine, one per GPU, or on the CPU."""
-    # Shown in the help; their values are read as YAML by `load_config`, which checks them as it checks the file.
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     composition: CompositionSection = field(default_factory=CompositionSection)

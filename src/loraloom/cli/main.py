@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed, or an unexpected error; 2 wrong input; 130
 
 import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ VERBS = {
     "train": "fine-tune a model as RUN.yaml says",
     "compose": "make one adapter of trained ones, with weights learned from a few examples",
     "compare": "train several methods side by side, with several seeds and learning rates",
+    "predict": "ask a finished run: labels with probabilities, or text as it is written",
     "evaluate": "load a finished run from its folder and evaluate it again",
+    "init": "write a commented RUN.yaml to start from",
+    "recipes": "list the experiments of the papers as RUN.yaml, or copy one",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
     "intruders": "find the directions of an adapter that are new to its base, and scale them down",
     "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
@@ -79,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"loraloom: {printable(message)}", file=sys.stderr)
+    # Of several processes of one run, all meet the same wrong input: the first one says it.
+    if code != 2 or os.environ.get("RANK", "0") == "0":
+        print(f"loraloom: {printable(message)}", file=sys.stderr)
     return code
 
 

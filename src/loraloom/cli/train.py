@@ -6,16 +6,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 import tyro
 from rich.console import Console
 
+from loraloom.cli.help import sectioned_help
 from loraloom.cli.launch import launch
 from loraloom.cli.options import Saving, first_process, parse, quiet_libraries, save_report
 from loraloom.errors import InputError, RunInterruptedError
 from loraloom.text import readable_bytes, score
 from loraloom.training.config import (
+    SECTIONS,
     DataSection,
     Method,
     MethodSection,
@@ -29,12 +31,12 @@ if TYPE_CHECKING:
     from loraloom.training.result import RunResult
 
 
+# The sections are fields for the help alone: `load_config` reads their values as YAML, as it reads the file.
 @dataclass
 class Train(Saving):
     """Fine-tune a model as RUN.yaml says.
 
-    Every key of its sections can also be given as --section.key value, which wins over the file; --training.KEY takes
-    any key of TrainingArguments (text-classification) or SFTConfig (causal-lm).
+    Every key of its sections can also be given as --section.key value, which wins over the file.
     """
 
     run: tyro.conf.Positional[Path | None] = None
@@ -43,7 +45,6 @@ class Train(Saving):
     """Go on from the last complete checkpoint in output.dir."""
     nproc: int = 1
     """Processes to train with on this machine, one per GPU, or on the CPU. Across machines: torchrun."""
-    # Shown in the help; their values are read as YAML by `load_config`, which checks them as it checks the file.
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     method: MethodSection = field(default_factory=MethodSection)
@@ -65,6 +66,11 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
         arguments: the words after the verb.
         method: the only method.name of the verb; None: any.
     """
+    sections = [name for name in SECTIONS if name in get_type_hints(options_of_verb)]
+    text = sectioned_help(verb, sections, arguments, lambda: parse(verb, options_of_verb, ["--help"]))
+    if text is not None:
+        print(text, end="")
+        return
     options, overrides = split_overrides(arguments)
     command = parse(verb, options_of_verb, options)
     if command.run is None and not overrides:

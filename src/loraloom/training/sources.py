@@ -67,7 +67,9 @@ def _read_path(section: DataSection, images: bool) -> dict[str, Dataset]:
         raise InputError(
             f"data.path {section.path!r}: has no split 'train' but {', '.join(map(str, loaded))}", code="no-data"
         )
-    return {name: loaded[name] for name in ("train", "validation", "test") if name in loaded}
+    # Some have several, such as MNLI's `validation_matched`: the first one.
+    found = {part: [name for name in loaded if str(name).startswith(part)] for part in ("train", "validation", "test")}
+    return {part: loaded[part if part in names else names[0]] for part, names in found.items() if names}
 
 
 def read_file(path: Path, key: str) -> Dataset:

@@ -133,6 +133,19 @@ class ExactTrainer(Trainer):
         return EpochSeededLengthGroups(batch, lengths, seed)
 
 
+@contextmanager
+def float32_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Keep trained float32 parameters as they are for the time of the block.
+
+    TRL casts the adapters of a quantized base to bfloat16, where steps below 1/256 of a weight are lost to rounding.
+    """
+    own = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float32}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in own and parameter.dtype != torch.float32:
+            parameter.data = own[name].to(parameter.device)
+
+
 class HeadTrainer(ExactTrainer):
     """A Trainer of a head. The loss comes from `compute_loss_func`, and of an evaluation from `compute_metrics`."""
 
@@ -208,7 +221,8 @@ class CausalTrainer(ExactTokenLoss, SFTTrainer):
     ) -> None:
         # Given together, all are prepared for the model in the one way that SFTTrainer has.
         sets = {"eval": eval_dataset, "test": test_dataset} | ({} if retained is None else {"retained": retained})
-        super().__init__(eval_dataset=sets, test_dataset=None, **kwargs)
+        with float32_kept(kwargs["model"]):
+            super().__init__(eval_dataset=sets, test_dataset=None, **kwargs)
         prepared = cast(dict[str, Dataset], self.eval_dataset)
         self.eval_dataset, self.test_dataset = prepared["eval"], prepared["test"]
         self.retained: Dataset | None = prepared.get("retained")
@@ -228,7 +242,9 @@ class PreferenceTrainer(ExactTrainer, DPOTrainer):
     """
 
     def __init__(self, *, eval_dataset: Dataset, test_dataset: Dataset, **kwargs: Any) -> None:
-        super().__init__(eval_dataset={"eval": eval_dataset, "test": test_dataset}, test_dataset=None, **kwargs)
+        sets = {"eval": eval_dataset, "test": test_dataset}
+        with float32_kept(kwargs["model"]):
+            super().__init__(eval_dataset=sets, test_dataset=None, **kwargs)
         if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
         prepared = cast(dict[str, Dataset], self.eval_dataset)

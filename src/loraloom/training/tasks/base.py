@@ -125,6 +125,14 @@ class Task:
         """Tokens of each row before any is cut; empty where rows have no tokens."""
         return []
 
+    def questions(self, section: DataSection, rows: Dataset) -> list[Any]:
+        """What to ask of each row of a file that need not have answers, for `answer`.
+
+        Raises:
+            InputError: a column is missing, or a row does not hold what it must.
+        """
+        raise NotImplementedError
+
     def answer(self, model: Any, processor: Any, rows: Sequence[Any], options: "AnswerOptions") -> Iterator[dict]:
         """What the model says to each row: a dict of plain values per row, in order."""
         raise NotImplementedError

@@ -14,7 +14,17 @@ from trl import SFTConfig
 from loraloom.card import ANSWERS
 from loraloom.errors import InputError
 from loraloom.training.config import DataSection, Format, RunConfig
-from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, RunData, Setup, Task, no_column
+from loraloom.training.tasks.base import (
+    AnswerOptions,
+    Parts,
+    Rows,
+    RunData,
+    Setup,
+    Task,
+    check_texts,
+    named_column,
+    no_column,
+)
 from loraloom.training.tasks.generation import generate
 from loraloom.training.trainers import CausalTrainer
 
@@ -76,6 +86,12 @@ class CausalLM(Task):
         columns = [rows[name][:] for name in rows.column_names]
         texts = ["".join(parts) if isinstance(parts[0], str) else str(parts) for parts in zip(*columns, strict=True)]
         return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+
+    def questions(self, section: DataSection, rows: Dataset) -> list[Any]:
+        if section.text_column is None and "messages" in rows.column_names:
+            return [_asked(messages) for messages in rows["messages"]]
+        usual = ("prompt", "text")
+        return check_texts(rows, "given", named_column(section, "text_column", rows.column_names, usual))
 
     def answer(self, model: Any, processor: Any, rows: Sequence[Any], options: AnswerOptions) -> Iterator[dict]:
         for row in rows:
@@ -140,6 +156,11 @@ def _chat(turns: Any, number: int) -> list[dict[str, str]]:
             )
         messages.append({"role": ROLES[speaker], "content": content})
     return messages
+
+
+def _asked(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A chat without the answer that it may end with."""
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
 def _alpaca(row: dict[str, Any]) -> dict[str, str]:

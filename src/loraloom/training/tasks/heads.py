@@ -129,6 +129,10 @@ class TextHeadTask(HeadTask):
             for part, rows in parts.items()
         }
 
+    def questions(self, section: DataSection, rows: Dataset) -> list[Any]:
+        columns = [check_texts(rows, "given", name) for name in self.text_columns(section, rows, None)]
+        return columns[0] if len(columns) == 1 else [list(pair) for pair in zip(*columns, strict=True)]
+
     def encode(self, rows: Dataset, setup: Setup) -> Dataset:
         encoded = setup.processor(*_texts(rows), truncation=True, max_length=setup.max_length)
         return Dataset.from_dict({**encoded, "labels": rows["label"][:]})

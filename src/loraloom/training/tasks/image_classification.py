@@ -61,6 +61,10 @@ class ImageClassification(HeadTask):
         chosen = setup.config.training.get("class_weights")
         return class_weights(chosen, setup.data.train["label"][:], setup.data.label_names)
 
+    def questions(self, section: DataSection, rows: Dataset) -> list[Any]:
+        column = named_column(section, "text_column", rows.column_names, ("path", "image", "img", "text"))
+        return [value["path"] if isinstance(value, dict) else value for value in _images(rows, "given", column)]
+
     def encode(self, rows: Dataset, setup: Setup) -> Dataset:
         return rows.rename_column("label", "labels")
 

@@ -6,12 +6,13 @@ The reference is the model without its adapter, so it costs no memory; with meth
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import Trainer
 from trl import DPOConfig
 
 from loraloom.errors import InputError
 from loraloom.training.config import DataSection, RunConfig
-from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, Setup, Task
+from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, Setup, Task, named_column
 from loraloom.training.tasks.causal_lm import CausalLM
 from loraloom.training.tasks.generation import generate
 from loraloom.training.trainers import PreferenceTrainer
@@ -54,6 +55,9 @@ class Preference(Task):
             test_dataset=data.test,
             **common,
         )
+
+    def questions(self, section: DataSection, rows: Dataset) -> list[Any]:
+        return rows[named_column(section, "text_column", rows.column_names, ("prompt", "text"))][:]
 
     def answer(self, model: Any, processor: Any, rows: Sequence[Any], options: AnswerOptions) -> Iterator[dict]:
         for row in rows:

@@ -80,6 +80,9 @@ class Seq2SeqLM(Task):
     def lengths(self, setup: Setup, rows: Dataset) -> list[int]:
         return [len(ids) for ids in setup.processor(rows["source"][:], truncation=False, verbose=False)["input_ids"]]
 
+    def questions(self, section: DataSection, rows: Dataset) -> list[Any]:
+        return check_texts(rows, "given", named_column(section, "text_column", rows.column_names, SOURCES))
+
     def answer(self, model: Any, processor: Any, rows: Sequence[Any], options: AnswerOptions) -> Iterator[dict]:
         for row in rows:
             yield {"text": "".join(generate(model, processor, row, options))}

@@ -19,6 +19,8 @@ from loraloom.training.tasks.base import AnswerOptions, Parts, Rows, RunData, Se
 from loraloom.training.tasks.heads import HeadTask, class_weights, cross_entropy_sum
 from loraloom.training.tasks.text_classification import label_options
 
+WORDS = ("tokens", "words", "text")
+
 
 class TokenClassification(HeadTask):
     """Columns `words` (list of str) and `label` (list of ids)."""
@@ -29,7 +31,7 @@ class TokenClassification(HeadTask):
 
     def rows(self, section: DataSection, parts: Parts) -> Rows:
         found = parts["train"].column_names
-        words = named_column(section, "text_column", found, ("tokens", "words", "text"))
+        words = named_column(section, "text_column", found, WORDS)
         tags = named_column(section, "label_column", found, ("tags", "ner_tags", "labels", "label", "pos_tags"))
         read = {part: _read(rows, part, words, tags) for part, rows in parts.items()}
         feature = getattr(parts["train"].features[tags], "feature", None)
@@ -53,6 +55,9 @@ class TokenClassification(HeadTask):
     def class_weights(self, setup: Setup) -> torch.Tensor | None:
         tags = [tag for row in setup.data.train["label"] for tag in row]
         return class_weights(setup.config.training.get("class_weights"), tags, setup.data.label_names)
+
+    def questions(self, section: DataSection, rows: Dataset) -> list[Any]:
+        return rows[named_column(section, "text_column", rows.column_names, WORDS)][:]
 
     def encode(self, rows: Dataset, setup: Setup) -> Dataset:
         encoded = setup.processor(
