@@ -16,7 +16,7 @@ STEPPING = """
 import sys
 from loraloom.merge.merge import merge_checkpoint
 
-def progress(done, total):
+def progress(description, done, total):
     print(done, flush=True)
     sys.stdin.readline()
 

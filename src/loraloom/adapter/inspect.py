@@ -5,7 +5,6 @@ the factors; with the base model also ||dW|| / ||W||, where dW = D, or with DoRA
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from loraloom.adapter.findings import Finding, base_findings, config_findings, c
 from loraloom.adapter.serving import Verdict, serving_table
 from loraloom.adapter.stored import StoredAdapter, StoredModule, read_adapter
 from loraloom.errors import InputError
+from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import effective_rank, factored_svd, stable_rank
 
 # Part of the update -> the name under which the method was published.
@@ -111,14 +111,14 @@ class Inspection:
 def inspect_adapter(
     path: str | Path,
     base: str | Path | None = None,
-    watch: Callable[[Sequence[str]], Iterable[str]] = iter,
+    progress: Progress = silent,
 ) -> Inspection:
     """Reads an adapter of PEFT's LoRA or of loraloom, and computes its numbers; no model is built.
 
     Args:
         path: the adapter's folder, or a repository of the hub.
         base: the base model's folder or repository, for ||dW|| / ||W|| and to check that every module is there.
-        watch: wraps the module names while they are gone through, for a progress bar.
+        progress: is told of the modules read.
 
     Raises:
         InputError: a file is missing or broken.
@@ -137,7 +137,7 @@ def inspect_adapter(
             has_base=weights is not None and name not in foreign,
             misshapen=name in misshapen,
         )
-        for name in watch(list(adapter.modules))
+        for name in tracked(adapter.modules, "Reading", progress)
     ]
     findings += _number_findings(adapter, layers, has_base=weights is not None)
     checkpoint = adapter.checkpoint

@@ -2,14 +2,13 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import tyro
-from rich.progress import track
 
-from loraloom.cli.options import Saving, parse, save_report
+from loraloom.cli.options import Saving, parse, progress_on, save_report
 from loraloom.errors import InputError
 from loraloom.text import printable
 
@@ -51,22 +50,20 @@ def main(arguments: Sequence[str]) -> None:
     with console.status("Loading PyTorch"):
         from loraloom.export.export import export_adapter
 
-    def watch(modules: Sequence[str], what: str) -> Iterable[str]:
-        return track(modules, what, console=console, transient=True, disable=not console.is_terminal)
-
     typed = shlex.join(["loraloom", "export", *arguments])
-    report = export_adapter(
-        command.adapter,
-        command.to,
-        command.out,
-        base=command.base,
-        rank=command.rank,
-        allow_lossy=command.allow_lossy,
-        overwrite=command.overwrite,
-        dtype=command.dtype,
-        watch=watch,
-        command=typed,
-    )
+    with progress_on(console) as progress:
+        report = export_adapter(
+            command.adapter,
+            command.to,
+            command.out,
+            base=command.base,
+            rank=command.rank,
+            allow_lossy=command.allow_lossy,
+            overwrite=command.overwrite,
+            dtype=command.dtype,
+            progress=progress,
+            command=typed,
+        )
     console.print(printable(summary(report)), soft_wrap=True, highlight=False, markup=False)
     if command.report is not None:
         from loraloom.report.builders.adapter import export_report

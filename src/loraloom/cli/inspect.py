@@ -3,17 +3,16 @@
 import json
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from loraloom.cli.options import Reporting, parse, save_report
+from loraloom.cli.options import Reporting, parse, progress_on, save_report
 from loraloom.errors import InputError, RunFailedError
 from loraloom.text import printable
 
@@ -52,11 +51,8 @@ def main(arguments: Sequence[str]) -> None:
     console = command.console()
     with console.status("Loading PyTorch"):
         from loraloom.adapter.inspect import inspect_adapter
-
-    def watch(modules: Sequence[str]) -> Iterable[str]:
-        return track(modules, "Reading", console=console, transient=True, disable=not console.is_terminal)
-
-    inspection = inspect_adapter(command.adapter, command.base, watch)
+    with progress_on(console) as progress:
+        inspection = inspect_adapter(command.adapter, command.base, progress)
     show(inspection, console, command.layers)
     if command.report is not None:
         from loraloom.report.builders.adapter import inspection_report

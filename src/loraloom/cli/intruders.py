@@ -2,20 +2,18 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 
-from loraloom.cli.options import Saving, parse, quiet_libraries, save_report
+from loraloom.cli.options import Saving, parse, progress_on, quiet_libraries, save_report
 from loraloom.errors import InputError
 
 if TYPE_CHECKING:
-    from loraloom.adapter.stored import StoredModule
     from loraloom.intruders.report import IntruderReport, SweepReport
 
 
@@ -100,20 +98,22 @@ def _find(command: Intruders, typed: str, console: Console) -> "IntruderReport":
     with console.status("Loading PyTorch"):
         from loraloom.intruders.stored import find_stored_intruders, reduce_stored_intruders
     assert command.adapter is not None
-    options: dict[str, Any] = {"top_k": command.top_k, "epsilon": command.epsilon, "watch": _Watch(console)}
-    if command.out is None:
-        return find_stored_intruders(command.adapter, command.base, **options)
-    return reduce_stored_intruders(
-        command.adapter,
-        command.out,
-        command.base,
-        command.scale,
-        command.scope,
-        command.rank,
-        overwrite=command.overwrite,
-        command=typed,
-        **options,
-    )
+    options: dict[str, Any] = {"top_k": command.top_k, "epsilon": command.epsilon}
+    with progress_on(console) as progress:
+        if command.out is None:
+            return find_stored_intruders(command.adapter, command.base, progress=progress, **options)
+        return reduce_stored_intruders(
+            command.adapter,
+            command.out,
+            command.base,
+            command.scale,
+            command.scope,
+            command.rank,
+            overwrite=command.overwrite,
+            command=typed,
+            progress=progress,
+            **options,
+        )
 
 
 def _sweep(command: Intruders, scales: list[float], console: Console) -> "SweepReport":
@@ -123,7 +123,8 @@ def _sweep(command: Intruders, scales: list[float], console: Console) -> "SweepR
     assert command.adapter is not None
     options: dict[str, Any] = {"top_k": command.top_k, "epsilon": command.epsilon}
     options |= {"scope": command.scope, "rank": command.rank}
-    swept = sweep_stored(command.adapter, scales, command.base, watch=_Watch(console), **options)
+    with progress_on(console) as progress:
+        swept = sweep_stored(command.adapter, scales, command.base, progress=progress, **options)
     if not _is_run(command.adapter):
         return swept
     quiet_libraries()
@@ -136,15 +137,6 @@ def _sweep(command: Intruders, scales: list[float], console: Console) -> "SweepR
         for point, there in zip(swept.points, measured.points, strict=True)
     ]
     return replace(swept, points=points)
-
-
-@dataclass
-class _Watch:
-    console: Console
-
-    def __call__(self, layers: "Sequence[StoredModule]") -> "Iterable[StoredModule]":
-        hidden = not self.console.is_terminal
-        return track(layers, "Looking for intruders", console=self.console, transient=True, disable=hidden)
 
 
 def _is_run(adapter: str) -> bool:

@@ -2,24 +2,21 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.filesize import decimal
 
-from loraloom.cli.options import Saving, parse, save_report
+from loraloom.cli.options import Saving, parse, progress_on, save_report
 from loraloom.errors import InputError
 from loraloom.text import printable
 
 if TYPE_CHECKING:
     from loraloom.merge.result import MergeResult
-
-QUIET_SECONDS = 2.0  # a merge that is done sooner shows no bar
 
 
 @dataclass
@@ -60,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     typed = shlex.join(["loraloom", "merge", *arguments])
     if command.verify:
         check_verifiable(command.adapters, weights, command.base)
-    with _bar(console) as progress:
+    with progress_on(console) as progress:
         result = merge_checkpoint(
             command.adapters,
             command.base,
@@ -84,24 +81,6 @@ def main(arguments: Sequence[str]) -> None:
     command.publish(result.out, console)
     if command.json:
         print(json.dumps(result.to_dict()))
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Any]:
-    """A bar over the tensors, on a terminal."""
-    import time
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("Merging"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", visible=False)
-        started = time.monotonic()
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=time.monotonic() - started > QUIET_SECONDS)
-
-        yield advance
 
 
 def _show(result: "MergeResult", console: Console) -> None:

@@ -2,20 +2,27 @@
 
 import logging
 import os
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from loraloom.errors import InputError
+from loraloom.progress import Progress
 from loraloom.text import did_you_mean
 
 if TYPE_CHECKING:
     from loraloom.report import Report
+
+QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
 
 
 @dataclass
@@ -67,6 +74,22 @@ class Saving(Reporting):
         with console.status(f"Uploading to {self.push}"):
             address = push_folder(Path(folder), self.push, self.private)
         console.print(f"Pushed: {address}", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def progress_on(console: Console) -> Iterator[Progress]:
+    """A progress of the library as bars, one for each description, from two seconds on and on a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, tuple[TaskID, float]] = {}
+
+        def progress(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                tasks[description] = bars.add_task(description, total=total, visible=False), time.monotonic()
+            task, since = tasks[description]
+            bars.update(task, completed=done, total=total, visible=time.monotonic() - since > QUIET_SECONDS)
+
+        yield progress
 
 
 def save_report(report: "Report", directory: str | Path, console: Console) -> None:

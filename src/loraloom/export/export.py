@@ -20,8 +20,9 @@ from loraloom.adapter.stored import StoredAdapter
 from loraloom.card import write_card
 from loraloom.errors import InputError, RunFailedError
 from loraloom.export.card import export_card
-from loraloom.export.plan import TARGETS, ExportPlan, Watch
+from loraloom.export.plan import TARGETS, ExportPlan
 from loraloom.io.files import check_apart, folder_atomically
+from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import factored_svd
 from loraloom.update.terms import Term, fold
 
@@ -89,7 +90,7 @@ def export_adapter(
     allow_lossy: bool = False,
     overwrite: bool = False,
     dtype: str = "float32",
-    watch: Watch = lambda modules, _: modules,
+    progress: Progress = silent,
     command: str = "",
 ) -> ExportReport:
     """Writes an adapter as a plain LoRA, reads it back, and compares every module's update with the original.
@@ -105,7 +106,7 @@ def export_adapter(
         allow_lossy: write the result though the error is above 1%.
         overwrite: replace `out`.
         dtype: of the written factors. float32 keeps what folding the scale computes; 16 bits round it once more.
-        watch: wraps the module names, with a word for what is done, while they are gone through.
+        progress: is told of the modules folded, then of those compared.
         command: what was typed, for the model card.
 
     Raises:
@@ -120,9 +121,9 @@ def export_adapter(
         check_apart(Path(out), [source.path, *([] if source.base is None else [source.base.checkpoint.path])])
     with folder_atomically(Path(out), overwrite) as folder:
         plan = ExportPlan(source, target, rank, getattr(torch, dtype), energy=energy, one_rank=one_rank)
-        plan.fold(watch)
+        plan.fold(progress)
         plan.write(folder)
-        report = _compare(plan, open_stored(folder), str(out), watch)
+        report = _compare(plan, open_stored(folder), str(out), progress)
         if report.error > ALLOWED_LOSS and not allow_lossy:
             raise InputError(
                 f"rank {report.rank} in {dtype} loses {report.error:.1%} of the update (at worst "
@@ -153,7 +154,7 @@ def _check(adapter: Adapter, target: str) -> None:
                 )
 
 
-def _compare(plan: ExportPlan, written: StoredAdapter, path: str, watch: Watch) -> ExportReport:
+def _compare(plan: ExportPlan, written: StoredAdapter, path: str, progress: Progress) -> ExportReport:
     """Reads the new adapter back and compares every module's update with the original's.
 
     Raises:
@@ -162,7 +163,7 @@ def _compare(plan: ExportPlan, written: StoredAdapter, path: str, watch: Watch) 
     modules, squared_error, squared_norm = [], 0.0, 0.0
     if {*written.modules} != {*plan.factors} or {*written.others} != {*plan.adapter.others}:
         raise RunFailedError(f"{path}: the tensors read back are not those that were written; nothing was kept")
-    for module in watch(list(plan.factors), "Comparing"):
+    for module in tracked(plan.factors, "Comparing", progress):
         error, norm, rounding = _difference(plan, written, module)
         if error > rounding and not plan.truncated:
             raise RunFailedError(

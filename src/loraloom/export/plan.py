@@ -7,7 +7,6 @@ Truncation of D = B A to rank k is the best one (Eckart and Young, 1936), of rel
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from loraloom.adapter.serving import allowed_rank, features, kind_of_other, serv
 from loraloom.adapter.stored import CONFIG, PREFIX, WEIGHTS
 from loraloom.errors import InputError, RunFailedError
 from loraloom.io.stream import save_tensors
+from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import best_approximation, factored_svd, truncate
 
 # Target -> the programs of serving.yaml that must take the result.
@@ -30,7 +30,6 @@ TARGETS = {
     "sglang": ("sglang",),
     "gguf-ready": ("llamacpp",),
 }
-Watch = Callable[[Sequence[str], str], Iterable[str]]
 
 
 class ExportPlan:
@@ -87,12 +86,12 @@ class ExportPlan:
         """Whether the module's update has to be approximated, having a magnitude that the target does not take."""
         return self.target != "peft" and "magnitude" in module.shapes()
 
-    def fold(self, watch: Watch = lambda modules, _: modules) -> None:
+    def fold(self, progress: Progress = silent) -> None:
         """Fills `factors` with A' (r, in) and B' (out, r)."""
         if self.energy is not None:
             modules = self.adapter.modules.values()
             self.rank = max(_rank_for(factored_svd(*_double(module))[1], self.energy) for module in modules)
-        for name in watch(list(self.adapter.modules), "Folding"):
+        for name in tracked(self.adapter.modules, "Folding", progress):
             module = self.adapter.modules[name]
             A, B = self._fold(module)
             # With DoRA or a bias, a module whose factors are zero may change the model all the same.

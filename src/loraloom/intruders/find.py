@@ -26,6 +26,7 @@ from loraloom.update.update import row_scale
 
 # Up to this length of the shorter side a decomposition of W costs less than deciding without.
 _SMALL = 256
+FINDING = "Looking for intruders"  # what a progress is told
 # Vectors less accurate than this, or a cosine nearer than this to epsilon, are computed again in float64.
 _DOUBTFUL = 1e-3
 

@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from loraloom.adapter.live import LiveAdapter, LiveModule
@@ -19,10 +17,11 @@ from loraloom.adapter.protocol import Parts
 from loraloom.errors import InputError
 from loraloom.intruders.adapter_copy import add_copy, copy_auxiliaries
 from loraloom.intruders.copies import analyse_module, check_room, mitigated_copy
-from loraloom.intruders.find import LayerIntruders
+from loraloom.intruders.find import FINDING, LayerIntruders
 from loraloom.intruders.reduce import Rank, Scope, check_options
 from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
 from loraloom.intruders.solvers.basis import BasisCache
+from loraloom.progress import Progress, silent, tracked
 
 
 def find_intruders(
@@ -33,6 +32,7 @@ def find_intruders(
     *,
     bases: BasisCache | None = None,
     device: str | torch.device | None = None,
+    progress: Progress = silent,
 ) -> IntruderReport:
     """Looks for intruder dimensions in every layer of an adapter, and changes nothing.
 
@@ -44,18 +44,14 @@ def find_intruders(
         bases: decompose the base weights and keep that, for further adapters of the same base; then the report has
             exact cosines. ``BasisCache(cache_dir)`` keeps it on disk.
         device: where to compute; None is where each weight is.
+        progress: is told of the modules analysed.
 
     Raises:
         ValueError: an argument is out of range, or the adapter is of another kind.
     """
-    modules = [*LiveAdapter(model, adapter).modules.values()]
-    layers = [_analyse(module, top_k, epsilon, bases, device) for module in _shown(modules)]
+    modules = LiveAdapter(model, adapter).modules.values()
+    layers = [_analyse(module, top_k, epsilon, bases, device) for module in tracked(modules, FINDING, progress)]
     return IntruderReport(adapter, top_k, epsilon, layers)
-
-
-def _shown(modules: list[LiveModule]) -> Iterable[LiveModule]:
-    console = Console(stderr=True)
-    return track(modules, "Looking for intruders", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _analyse(
@@ -77,6 +73,7 @@ def reduce_intruders(
     epsilon: float = 0.5,
     bases: BasisCache | None = None,
     device: str | torch.device | None = None,
+    progress: Progress = silent,
 ) -> IntruderReport:
     """Adds a copy of an adapter in which intruder dimensions are scaled down.
 
@@ -84,7 +81,7 @@ def reduce_intruders(
     ``model.set_adapter(new_adapter)``. Layers in which nothing is scaled get identical tensors.
 
     Args:
-        model, adapter, top_k, epsilon, bases, device: see :func:`find_intruders`.
+        model, adapter, top_k, epsilon, bases, device, progress: see :func:`find_intruders`.
         new_adapter: name of the copy.
         scale: what is left of each intruder: 1 changes nothing, 0 removes it, 0.7 to 0.9 is the paper's safe band.
         scope: "top", the paper's: the first intruder of each layer. "all": all of them.
@@ -101,7 +98,7 @@ def reduce_intruders(
     if new_adapter in getattr(model, "peft_config", {}):
         raise ValueError(f"new_adapter={new_adapter!r} exists already: choose another name or delete it first.")
     check_room(LiveAdapter(model, adapter))
-    found = find_intruders(model, adapter, top_k, epsilon, bases=bases, device=device)
+    found = find_intruders(model, adapter, top_k, epsilon, bases=bases, device=device, progress=progress)
     copies = _copies(model, found, scale, scope, rank)
     add_copy(model, adapter, new_adapter, {name: r for name, (_, r, _) in copies.items()})
     _store(model, adapter, new_adapter, copies)

@@ -7,7 +7,7 @@ matrices of the largest module, as it is stored and in float32. Where a decompos
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +16,20 @@ import torch
 from loraloom.adapter.open import open_stored
 from loraloom.adapter.protocol import AdaptedModule
 from loraloom.adapter.serving import serving_rows
-from loraloom.adapter.stored import CONFIG, WEIGHTS, StoredAdapter, StoredModule
+from loraloom.adapter.stored import CONFIG, WEIGHTS, StoredAdapter
 from loraloom.card import write_card
 from loraloom.errors import InputError
 from loraloom.intruders.card import intruders_card
 from loraloom.intruders.copies import analyse_module, check_room, mitigated_copy, patterns
-from loraloom.intruders.find import LayerIntruders
+from loraloom.intruders.find import FINDING, LayerIntruders
 from loraloom.intruders.reduce import Rank, Scope, check_options
 from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
 from loraloom.intruders.solvers.matrix import RELATIVE_ZERO, squared_norms
 from loraloom.intruders.solvers.topk import Triplets
 from loraloom.io.files import check_apart, folder_atomically
 from loraloom.io.stream import save_tensors
+from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import factored_svd
-
-Watch = Callable[[Sequence[StoredModule]], Iterable[StoredModule]]
 
 
 def find_stored_intruders(
@@ -39,7 +38,7 @@ def find_stored_intruders(
     top_k: int = 10,
     epsilon: float = 0.5,
     *,
-    watch: Watch = iter,
+    progress: Progress = silent,
 ) -> IntruderReport:
     """:func:`loraloom.intruders.live.find_intruders` for an adapter in files.
 
@@ -49,14 +48,14 @@ def find_stored_intruders(
         path: the adapter's folder, or a repository of the hub.
         base: folder or repository of the base model; None: the one that the adapter's configuration names.
         top_k, epsilon: see :func:`loraloom.intruders.live.find_intruders`.
-        watch: wraps the layers while they are gone through, to show progress.
+        progress: is told of the modules analysed.
 
     Raises:
         InputError: a file is missing or broken, the base is another one or quantised, or a tensor is not finite.
         ValueError: top_k or epsilon is out of range.
     """
     adapter = _open(path, base)
-    modules = watch([*adapter.modules.values()])
+    modules = tracked(adapter.modules.values(), FINDING, progress)
     found = [_without_vectors(_analyse(module, top_k, epsilon)) for module in modules]
     return IntruderReport(str(adapter.path), top_k, epsilon, found)
 
@@ -73,7 +72,7 @@ def reduce_stored_intruders(
     epsilon: float = 0.5,
     overwrite: bool = False,
     command: str = "",
-    watch: Watch = iter,
+    progress: Progress = silent,
 ) -> IntruderReport:
     """Writes a copy of an adapter in files in which intruder dimensions are scaled down.
 
@@ -81,7 +80,7 @@ def reduce_stored_intruders(
     and tokens are bit-identical. Ranks that changed are in its rank_pattern, with the alphas that keep the scales.
 
     Args:
-        path, base, top_k, epsilon, watch: see :func:`find_stored_intruders`.
+        path, base, top_k, epsilon, progress: see :func:`find_stored_intruders`.
         out: the new folder; it appears when everything is written.
         scale, scope, rank: see :func:`loraloom.intruders.live.reduce_intruders`.
         overwrite: replace ``out``, if it is not the adapter's own folder.
@@ -104,7 +103,7 @@ def reduce_stored_intruders(
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
     with folder_atomically(Path(out), overwrite) as folder:
-        for module in watch([*adapter.modules.values()]):
+        for module in tracked(adapter.modules.values(), FINDING, progress):
             analysed = _analyse(module, top_k, epsilon)
             parts, ranks[module.name], errors[module.name] = mitigated_copy(module, analysed, scale, scope, rank)
             tensors |= {module.tensors[part]: tensor.contiguous() for part, tensor in parts.items()}
@@ -126,7 +125,7 @@ def sweep_stored(
     *,
     top_k: int = 10,
     epsilon: float = 0.5,
-    watch: Watch = iter,
+    progress: Progress = silent,
 ) -> SweepReport:
     """What each scale would take away of an adapter in files. What that does to a task takes a model, and its data.
 
@@ -135,7 +134,7 @@ def sweep_stored(
     intruder moves it down that list, and one that is out of it makes room for another direction.
 
     Args:
-        path, base, top_k, epsilon, watch: see :func:`find_stored_intruders`.
+        path, base, top_k, epsilon, progress: see :func:`find_stored_intruders`.
         scales: in the order of the points.
         scope, rank: see :func:`loraloom.intruders.live.reduce_intruders`.
 
@@ -151,7 +150,7 @@ def sweep_stored(
     found: list[LayerIntruders] = []
     norm, lost = 0.0, 0.0  # squared, and for a scale of 0
     remaining, errors = [0] * len(scales), [0.0] * len(scales)
-    for module in watch([*adapter.modules.values()]):
+    for module in tracked(adapter.modules.values(), FINDING, progress):
         # No scale can bring up more than top_k directions from further down.
         more = _analyse(module, 2 * top_k, epsilon)
         first = _first(more, top_k)

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from loraloom.merge.edits import Change, merged_blocks
 from loraloom.merge.extra_files import other_files, tokenizer_files
 from loraloom.merge.plan import Plan, plan_merge
 from loraloom.merge.result import RESULT, MergeResult
+from loraloom.progress import Progress, silent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a repository of the hub may hold besides weights; its pickles and weights of other formats are not loaded.
@@ -44,7 +45,7 @@ def merge_checkpoint(
     dtype: str | None = None,
     base_precision: Literal["original", "dequantised"] = "original",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
     command: str = "",
 ) -> MergeResult:
     """Merges adapters into a base model, both on disk, and writes a model that needs neither.
@@ -63,7 +64,7 @@ def merge_checkpoint(
         base_precision: "original": the base is the model in its original precision; a quantised one is refused.
             "dequantised": the base is a bitsandbytes checkpoint, and what it stands for is merged into.
         overwrite: replace a folder that is not empty.
-        progress: called with the number of tensors done and of all.
+        progress: is told of the tensors written.
         command: what was typed, for the model card.
 
     Raises:
@@ -203,7 +204,7 @@ def _write_weights(
     base: Checkpoint,
     folder: Path,
     changes: dict[str, Change],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> int:
     """Writes every file of the plan; returns the bytes of all tensors."""
     size = done = 0
@@ -218,8 +219,7 @@ def _write_weights(
             if change.base and named[name].edits:
                 changes[name.removesuffix(".weight")] = change
             done += 1
-            if progress is not None:
-                progress(done, total)
+            progress("Merging", done, total)
 
         tensors = {target.name: (target.dtype, target.shape) for target in targets}
         size += write_safetensors(folder / file.name, tensors, blocks, base.metadata(file))

@@ -78,3 +78,13 @@ def test_a_sweep_with_fewer_metrics_is_drawn_over_the_scale(metrics):
     (curve,) = section.figure.series
     name, values = ("accuracy, task", [0.5] * 3) if metrics else ("lost to the rank", [0.25] * 3)
     assert (curve.name, curve.y) == (name, values)
+
+
+def test_what_the_files_tell_is_drawn_where_nothing_else_was_measured():
+    files = {"relative_change": lambda s: 1 - s, "remaining_intruders": lambda s: int(4 * s)}
+    section = trade_off_section(sweep(files))
+    assert (section.figure.x_label, section.figure.y_label) == ("intruders left", "relative change of ΔW")
+    assert len(section.figure.points) == 3
+    measured = trade_off_section(sweep({"accuracy": lambda s: s, **files}))
+    assert measured.table.columns == ["scale λ", "accuracy, task", "relative change of ΔW", "intruders left"]
+    assert [curve.name for curve in measured.figure.series] == ["accuracy, task"]

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from loraloom.intruders.report import IntruderReport, SweepPoint
 
 KEPT = "retention_"  # how the metrics of data.retention begin
+# What the files of an adapter tell about a scale, without a model.
+OF_FILES = {"relative_change": "relative change of ΔW", "remaining_intruders": "intruders left"}
 AMOUNTS = (
     ("relative_norm", "Size of the update", "‖ΔW‖ / ‖W‖", "Frobenius norms of the update and of the base weight."),
     ("effective_rank", "Effective rank", "effective rank", "Exponential of the entropy of ΔW's singular values."),
@@ -82,13 +84,17 @@ def trade_off_section(sweep: "Sequence[SweepPoint]") -> Section:
     """Retention against the task, a point per scale; over the scale where only one of them was measured.
 
     Args:
-        sweep: points whose `metrics` are the task's and, with the prefix `retention_`, the same of data.retention.
+        sweep: points whose `metrics` are the task's and, with the prefix `retention_`, the same of data.retention; and
+            those of `OF_FILES`, which are drawn against each other where nothing else was measured.
     """
     names = list(dict.fromkeys(name for point in sweep for name in point.metrics))
     if "loss" in names:  # the same number twice
         names = [name for name in names if not name.endswith("perplexity")]
-    task = next((name for name in names if not name.startswith(KEPT)), None)
-    kept = next((name for name in names if name.startswith(KEPT) and name.removeprefix(KEPT) == task), None)
+    measured = [name for name in names if name not in OF_FILES]
+    task = next((name for name in measured if not name.startswith(KEPT)), None)
+    kept = None if task is None else next((name for name in measured if name == KEPT + task), None)
+    if not measured and set(OF_FILES) <= set(names):
+        task, kept = OF_FILES
     lossy = any(point.error for point in sweep)
     heads = [*map(_heading, names), *(["lost to the rank"] if lossy else [])]
     rows: list[list[Cell]] = []
@@ -114,7 +120,7 @@ def trade_off_section(sweep: "Sequence[SweepPoint]") -> Section:
 def _heading(metric: str) -> str:
     """ "retention_accuracy" as "accuracy, retention set", "loss" as "loss, task"."""
     name = metric_name(metric.removeprefix(KEPT))
-    return f"{name}, {'retention set' if metric.startswith(KEPT) else 'task'}"
+    return OF_FILES.get(metric) or f"{name}, {'retention set' if metric.startswith(KEPT) else 'task'}"
 
 
 def _modules_table(found: "IntruderReport") -> Table:
