@@ -227,6 +227,15 @@ class LoomLayer(nn.Module, MergingLayer):
         """The base weight W (out, in) as it is in the layer now, dequantised if need be."""
         return self.as_matrix(self.get_base_weight())
 
+    def get_base_weight(self) -> Tensor:
+        """The base layer's weight without gradient, dequantised if need be."""
+        # PEFT's version takes `.data`, which torch.export cannot follow.
+        return (
+            super().get_base_weight()
+            if self.quantization_backend is not None
+            else self.get_base_layer().weight.detach()
+        )
+
     @property
     def weight(self) -> Tensor:
         """The base weight; where the model reads it instead of calling the layer, W' of the active adapters.

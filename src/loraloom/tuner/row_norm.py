@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraloom.update.terms import Term, fold
+from loraloom.update.traced import is_traced
 from loraloom.update.update import row_norm, squared_row_norm
 
 _SAMPLES = 128  # entries of the base weight that are compared besides its address and version
@@ -43,7 +44,7 @@ class RowNormCache:
             weight: gives the base weight W (out, in); called when a norm has to be computed.
             terms: what D is the sum of.
         """
-        if parameter is None or torch.compiler.is_compiling():  # a compiler would bake a cached norm into its graph
+        if parameter is None or is_traced():  # a compiler would bake a cached norm into its graph
             return row_norm(weight(), *fold(terms))
         version = 0 if parameter.is_inference() else parameter._version  # inference tensors have none
         base = (parameter.data_ptr(), version, parameter.dtype, parameter.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from loraloom.update.node import AdaptedLinear, LinearMap, Weight
 from loraloom.update.rescale import Rescaled
 from loraloom.update.terms import Term, autocast_dtype, scale
+from loraloom.update.traced import is_traced
 from loraloom.update.update import row_scale
 
 # With more tokens than this, the nodes are faster for DoRA: they need one output-sized buffer, autograd needs three.
@@ -47,7 +48,7 @@ def adapted_linear(
     """
     uniform = x.dtype is term.A.dtype and not dropout and autocast_dtype(x.device.type) is None
     few = magnitude is None or x.numel() <= _FEW_TOKENS * x.shape[-1]
-    if ((uniform and few) or torch.compiler.is_compiling()) and not isinstance(W, LinearMap):
+    if ((uniform and few) or is_traced(x)) and not isinstance(W, LinearMap):
         return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
     A, B, M, gate, scaling = term
     # Flat outside the node: a view made inside could not be changed in place, as ReLU(inplace=True) does.
@@ -81,17 +82,18 @@ def _composed(
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if base_out is None:
         z = F.linear(x2, W, None if has_norm else bias)  # type: ignore[arg-type]
+        dtype = z.dtype
     else:
         z = base_out.reshape(-1, base_out.shape[-1])
+        dtype = z.dtype
         z = z - bias if has_norm and bias is not None else z
-    dtype = z.dtype
     h = F.linear((F.dropout(x2, dropout) if dropout else x2).to(term.A.dtype), term.A)
     if term.M is not None:
         h = F.linear(h, term.M)
     if term.gate is not None:
         h = (h * scale(term)).to(h.dtype)  # a gate is float32 whatever the factors are
     alpha = 1.0 if term.gate is not None else term.scaling
-    if z.dtype is not h.dtype or h.dtype is not term.B.dtype:  # only where a compiler fuses it
+    if z.dtype is not h.dtype or h.dtype is not term.B.dtype or is_traced(x):  # a compiler fuses it
         z = z + F.linear(h, term.B.to(h.dtype)) * alpha
     elif base_out is None:
         z = z.addmm_(h, term.B.t(), alpha=alpha)  # z is nobody else's

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraloom.update import split
 from loraloom.update.terms import Term, compute_dtype, fold
+from loraloom.update.traced import is_traced
 
 # A row whose squared norm is under this share of ||W_i||^2 has cancelled. The expansion of row_norm adds numbers of
 # size s = ||W_i||^2 + ||D_i||^2, each to a few units u of float32. Above the share, s is at most 221 times the result,
@@ -92,16 +93,16 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, W_squared: Tensor | None = None) -
     W_squared = squared_row_norm(W) if W_squared is None else W_squared
     # 2 W A^T + B (A A^T), times B: both terms at once.
     squared = W_squared + torch.addmm(_times_transposed(W, A), B, A @ A.T, beta=2).mul_(B).sum(dim=1)
-    if W.device.type == "cpu" and not torch.compiler.is_compiling():
+    if W.device.type == "cpu" and not is_traced(W, A):
         rows = (squared < _CANCELLED * W_squared).nonzero()[:, 0]
         norm = squared.clamp_min_(0).sqrt_()
         if not len(rows):
             return norm
     else:
         norm = torch.maximum(squared, torch.finfo(dtype).eps * W_squared).sqrt_()
-        rows = (squared / W_squared).topk(min(_DIRECT_ROWS, len(W)), largest=False).indices
+        rows = (squared / W_squared).topk(min(_DIRECT_ROWS, W.shape[0]), largest=False).indices
     blocks = [torch.linalg.vector_norm(torch.addmm(W[i].to(dtype), B[i], A), dim=1) for i in rows.split(1024)]
-    return norm.index_copy_(0, rows, (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(norm.dtype))
+    return norm.index_copy(0, rows, (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(norm.dtype))
 
 
 def _times_transposed(W: Tensor, A: Tensor) -> Tensor:
