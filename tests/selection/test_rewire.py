@@ -215,7 +215,7 @@ def test_the_optimizer_goes_on_for_the_old_directions_and_begins_for_the_new() -
                 assert state[key].count_nonzero() == old[key].count_nonzero()
 
 
-def test_an_odd_rank_loads_though_the_initialisation_wanted_an_even_one(tmp_path) -> None:
+def test_an_odd_rank_loads_though_the_initialization_wanted_an_even_one(tmp_path) -> None:
     model, optimizer = ready({"init_lora_weights": "orthogonal"})
     expand_ranks(model, "default", {name: 3 for name in adapted_layers(model, "default")}, optimizer, seed=0)
     assert_reloads(model, tmp_path)

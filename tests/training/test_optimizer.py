@@ -1,5 +1,7 @@
 """The section `optimizer`: every key reaches the optimizer that trains, and a key that would not is an error."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -66,6 +68,38 @@ def test_training_optim_is_transformers_own_with_its_keys(classification, traine
 def test_8bit_trains(classification, trained_with):
     config = with_optimizer(with_method(classification, "lora", r=64), name="adamw_8bit", lora_plus_ratio=2)
     assert type(trained_with(config)).__name__ == "AdamW8bit"
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize(
+    ("name", "keys", "kind"),
+    [
+        ("lion", {"betas": [0.8, 0.9]}, "Lion"),
+        ("lion_8bit", {}, "Lion8bit"),
+        ("paged_adamw", {"eps": 1e-6}, "PagedAdamW"),
+        ("muon", {"momentum": 0.9, "betas": [0.8, 0.9]}, "Muon"),
+    ],
+)
+def test_other_optimizers_by_name(classification, trained_with, name, keys, kind):
+    optimizer = trained_with(with_optimizer(with_method(classification, "moslora"), name=name, mixer_lr=5e-3, **keys))
+    assert type(optimizer).__name__ == kind
+    assert groups(optimizer)["mixers"]["initial_lr"] == 5e-3
+    for key, value in keys.items():
+        taken = [group for group in optimizer.param_groups if key in group and not group.get("use_muon")]
+        taken += [group for group in optimizer.param_groups if key == "momentum" and group.get("use_muon")]
+        assert taken
+        assert all(group[key] == (tuple(value) if isinstance(value, list) else value) for group in taken)
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "stochastic"])
+def test_bfloat16_weights_train_in_full_with_another_rounding(classification, trained_with, rounding):
+    config = with_optimizer(with_method(classification, "full"), name="weight_adam", rounding=rounding)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    optimizer = trained_with(config)
+    states = [state for p, state in optimizer.state.items() if p.dtype == torch.bfloat16]
+    assert states
+    assert all(state["exp_avg"].dtype == torch.float32 for state in states)
+    assert all(("error" in state) == (rounding == "kahan") for state in states)
 
 
 def test_weight_adam_without_gates_is_adamw_bit_for_bit(classification, tmp_path):

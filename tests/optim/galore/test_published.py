@@ -35,6 +35,41 @@ def test_trajectory_of_galore_torch(side: str, weight_decay: float) -> None:
             torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=lambda m, n=name, s=step: f"step {s}, {n}: {m}")
 
 
+class TheirAdam(torch.optim.Optimizer):
+    """Adam with galore-torch's epsilon: beside sqrt(v) before the bias correction, not after it."""
+
+    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, (b1, b2) = self.state[p], group["betas"]
+                t = state["step"] = state.get("step", 0) + 1
+                state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * p.grad
+                state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * p.grad**2
+                scale = group["lr"] * (1 - b2**t) ** 0.5 / (1 - b1**t)
+                p.sub_(scale * state["m"] / (state["v"].sqrt() + group["eps"]))
+
+
+def test_the_distance_to_galore_torch_is_where_epsilon_stands() -> None:
+    """With its own epsilon, 1e-6: apart with ours, together if the inner optimizer adds it where galore-torch does."""
+    options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-6}
+    galore = {"rank": 4, "update_gap": 10, "scale": 0.5, "refresh": "svd", "stagger": False}
+    theirs = chain()
+    groups = matrices_and_vectors(theirs, rank=4, update_proj_gap=10, scale=0.5, proj_type="std")
+    train(theirs, GaLoreAdamW(groups, **options, no_deprecation_warning=True), 50)
+    distances = []
+    for inner in (torch.optim.AdamW, TheirAdam):
+        ours = chain()
+        train(ours, GaLore(matrices_and_vectors(ours), inner, **options, **galore), 50)
+        pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+        distances.append(max(float((p - q).detach().abs().max()) for p, q in pairs))
+    assert distances[1] < 1e-5
+    assert distances[0] > 50 * distances[1]
+
+
 def published_bases(G: Tensor, rank: int, side: str) -> tuple[Tensor | None, Tensor | None]:
     U, _, Vh = torch.linalg.svd(G)
     short_is_right = G.shape[0] >= G.shape[1]
