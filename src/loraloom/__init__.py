@@ -22,6 +22,7 @@ _EXPORTS = {
     "merge_checkpoint": "loraloom.merge.merge",
     "find_intruders": "loraloom.intruders.live",
     "reduce_intruders": "loraloom.intruders.live",
+    "load_lora": "loraloom.tuner.lora",
     "speed_up": "loraloom.tuner.speed_up",
     "slow_down": "loraloom.tuner.speed_up",
 }

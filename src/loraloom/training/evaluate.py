@@ -19,6 +19,8 @@ from loraloom.training.prepare import build_trainer, prepare_setup, training_arg
 from loraloom.training.result import RESOLVED, RESULT
 from loraloom.training.retention import Retention, load_retention
 from loraloom.training.tasks.base import RunData, Setup
+from loraloom.tuner.model import LoomModel
+from loraloom.tuner.speed_up import speed_up
 
 if TYPE_CHECKING:
     from loraloom.intruders.report import SweepReport
@@ -97,7 +99,10 @@ def load_model(folder: Path, config: RunConfig, data: RunData, processor: Any) -
     if config.method.name in METHODS_WITHOUT_ADAPTER:
         return load_base(config.model, data, processor, path=str(folder))[0]
     base, _ = load_base(config.model, data, processor)
-    return PeftModel.from_pretrained(base, str(folder))
+    model = PeftModel.from_pretrained(base, str(folder))
+    if not isinstance(model.base_model, LoomModel):
+        speed_up(model)  # as in training: the same numbers to the last bit
+    return model
 
 
 def _load(folder: Path, config: RunConfig) -> Loaded:

@@ -19,7 +19,7 @@ from loraloom.optim.galore.engine import ProjectedOptimizer
 from loraloom.training.callbacks import InterruptCallback, SanityCallback, SpeedCallback
 from loraloom.training.card import run_card
 from loraloom.training.checkpoints import CheckpointCallback, Clock
-from loraloom.training.composition import finish_composition
+from loraloom.training.composition import finish_composition, write_portable
 from loraloom.training.config import COMPOSITION, METHODS_WITH_SELECTION, TASKS_WITH_HEAD, RunConfig
 from loraloom.training.data import data_sha256, load_data
 from loraloom.training.data_report import MEASURED, outcome_warnings, report_on
@@ -140,9 +140,12 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
         written = _both(written, sample_answers(trainer, setup))
         retention_metrics = None if retention is None else {"before": retention.before, "after": retention.measure()}
     trainer.save_model(str(output))
-    composed = None
-    if config.method.name == COMPOSITION and trainer.is_world_process_zero():
-        composed = finish_composition(model, output)
+    composed = not_portable = None
+    if trainer.is_world_process_zero():
+        if config.method.name == COMPOSITION:
+            composed = finish_composition(model, output)
+        else:
+            not_portable = write_portable(output)
     trainable, total = count_parameters(model)
     result = RunResult(
         task=config.model.task,
@@ -161,6 +164,7 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
         output_dir=str(output),
         retention=retention_metrics,
         composition=composed,
+        not_portable=not_portable,
         adapters=None if selection is None else selection.adapters(),
         validation_rows=0 if data.validation is None else len(data.validation),
         validation=validation,

@@ -26,6 +26,9 @@ from loraloom.training.config import (
 from loraloom.training.tasks import get_task
 from loraloom.training.tasks.base import RunData
 from loraloom.tuner.config import LoomConfig
+from loraloom.tuner.lora import as_lora
+from loraloom.tuner.quantized import prevent_cpu_repacking
+from loraloom.tuner.speed_up import speed_up
 
 BUILT_IN = "builtin:minilm"
 DEFAULT_MAX_LENGTH = 256
@@ -169,7 +172,14 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
         peft_type = get_task(config.model.task).peft_type
         return compose_members(model, config.composition, peft_type, new_modules)
     try:
-        return peft.get_peft_model(model, adapter_config(config.method, config.model.task, new_modules))
+        ours = adapter_config(config.method, config.model.task, new_modules)
+        lora = as_lora(ours, model)
+        if lora is None:
+            return peft.get_peft_model(model, ours)
+        adapted = peft.get_peft_model(model, lora)  # so that everything that reads LoRA reads the result
+        prevent_cpu_repacking(adapted)
+        speed_up(adapted)
+        return adapted
     except (ValueError, TypeError) as error:
         raise InputError(f"method: {' '.join(str(error).split())}") from error
 

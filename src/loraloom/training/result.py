@@ -44,6 +44,8 @@ class RunResult:
     """composition: what it learned of the members."""
     adapters: Adapters | None = None
     """weightlora: rank and last gate of every adapter that was kept, null for one that was dropped, by module."""
+    not_portable: str | None = None
+    """Why the adapter, which is not of type LORA, has no copy of that type in portable/."""
     validation_rows: int = 0
     """Rows of the validation set, on which the evaluations of trainer_state.json (`eval_...`) are; 0: there is none."""
     validation: dict[str, float] | None = None
