@@ -18,7 +18,8 @@ from loraloom import LoomConfig
 from loraloom.cli.main import VERBS
 from loraloom.cli.options import Output
 from loraloom.training.compare.config import CompareSection
-from loraloom.training.config import SECTIONS, TRAINING_DEFAULTS
+from loraloom.training.config import SECTIONS, TRAINING_DEFAULTS, TRAINING_KEYS
+from loraloom.training.metrics import DEFAULTS, METRICS
 
 SNAPSHOT = Path(__file__).with_name("public_surface.txt")
 
@@ -72,6 +73,10 @@ def surface() -> str:
     sections = {f"loraloom {verb}": flags(verb) for verb in VERBS}
     sections["RUN.yaml"] = [line for name, cls in SECTIONS.items() for line in keys(f"{name}.", cls)]
     sections["RUN.yaml, defaults of section training"] = [f"training.{k} = {v!r}" for k, v in TRAINING_DEFAULTS.items()]
+    sections["RUN.yaml, own keys of section training"] = [f"training.{key}" for key in TRAINING_KEYS]
+    sections["RUN.yaml, metrics by task"] = [
+        f"{task}: {', '.join(name for name, metric in METRICS.items() if task in metric.tasks)}" for task in DEFAULTS
+    ]
     sections["COMPARE.yaml"] = [*keys("compare.", CompareSection)]
     sections["adapter_config.json, beside PEFT's own keys"] = [*keys("", LoomConfig, without=PeftConfig)]
     sections |= {f"from {module} import": names for module, names in packages()}

@@ -53,3 +53,22 @@ def test_expansions_are_at_least_one_step_and_one_time(options: dict) -> None:
     with pytest.raises(InputError) as caught:
         HalveAndDouble(**options)
     assert caught.value.code == "out-of-range"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "fits"),
+    [
+        ((2, 1, 20, None, 19), "lower select_until to 19", (2, 1, 19, None, 19)),
+        ((2, 1, 20, HalveAndDouble(2, 10), 39), "lower select_until to 19", (2, 1, 19, HalveAndDouble(2, 10), 39)),
+        (
+            (2, 1, 5, HalveAndDouble(2, 10), 15),
+            "lower expand_times or expand_every",
+            (2, 1, 5, HalveAndDouble(1, 10), 15),
+        ),
+        ((30, 1, 40, None, 20), "lower warmup_steps, or train longer", (10, 1, 20, None, 20)),
+    ],
+)
+def test_advice_can_be_followed(arguments: tuple, said: str, fits: tuple) -> None:
+    with pytest.raises(InputError, match=said):
+        resolve_phases(*arguments)
+    assert resolve_phases(*fits).fixed_from <= fits[-1]

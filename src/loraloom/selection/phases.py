@@ -124,7 +124,19 @@ def resolve_phases(
     phases = Phases(whole[0], select_every, until, expand)
     if total_steps is not None and phases.fixed_from > total_steps:
         raise InputError(
-            f"selecting and expanding take {phases.fixed_from} steps, the run has {total_steps}: lower select_until",
+            f"selecting and expanding take {phases.fixed_from} steps, the run has {total_steps}: "
+            + _advice(phases, total_steps),
             code="schedule",
         )
     return phases
+
+
+def _advice(phases: Phases, total_steps: int) -> str:
+    """What makes a schedule fit that is too long."""
+    expanding = phases.fixed_from - phases.select_until
+    latest = total_steps - expanding
+    if latest > phases.warmup_steps:
+        return f"lower select_until to {latest} or less"
+    if not expanding:
+        return f"the warm-up alone takes {phases.warmup_steps}: lower warmup_steps, or train longer"
+    return f"expanding alone takes {expanding}: lower expand_times or expand_every, or train longer"

@@ -334,3 +334,16 @@ def test_choices(plan):
     assert {run.config.method.r for run in launcher.started} <= {2, 4}
     assert len(launcher.started) <= 4  # a point that comes again is not trained again
     assert all(finished(run) for run in launcher.started)
+
+
+def test_points_are_chosen_by_the_validation_set_and_judged_by_the_test_set(plan):
+    def behaviour(config):
+        return 0, "", {"validation": {"accuracy": 0.9 if config.training["learning_rate"] == 3e-3 else 0.1}}
+
+    found = compare(
+        plan("{methods: [lora, dora], learning_rates: [1e-3, 3e-3], seeds: [0]}"), start=Launcher(behaviour)
+    )
+    for method in found.methods:
+        assert method.best.point["training.learning_rate"] == 3e-3
+        assert method.best.mean == min(candidate.mean for candidate in method.candidates)
+    assert "on the validation set" in found.notes[0]

@@ -25,6 +25,8 @@ class Candidate:
     mean: float
     spread: float | None
     """Standard deviation over the seeds (n - 1); None with a single one."""
+    validation_mean: float | None = None
+    """Mean of the metric on the validation set, by which points are chosen; None where a run has no such set."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Comparison:
 def summarise(plan: Plan, outcomes: Sequence[Outcome], jobs: int) -> Comparison:
     """The results of a plan's runs.
 
-    The best point of a method has the best mean among those with the most finished seeds: a rate at which some seeds
-    diverge does not win by the others.
+    The best point of a method has the best mean on the validation set (on the test set, where there is none) among
+    those with the most finished seeds: a rate at which some seeds diverge does not win by the others.
     """
     by_label = {e.label: [o for o in outcomes if o.run.label == e.label] for e in plan.entries}
     candidates = {label: _candidates(plan, own) for label, own in by_label.items()}
@@ -141,20 +143,45 @@ def _method(
 
 def _candidates(plan: Plan, outcomes: Sequence[Outcome]) -> list[Candidate]:
     values: dict[str, dict[int, float]] = {}
+    chosen_by: dict[str, list[float | None]] = {}
     points = {point_key(outcome.run.point): outcome.run.point for outcome in outcomes}
     for outcome in outcomes:
         value = None if outcome.result is None else outcome.result["after"][plan.metric]
         if value is not None and math.isfinite(value):  # a run that diverged has no place in a mean
             values.setdefault(point_key(outcome.run.point), {})[outcome.run.seed] = value
+            assert outcome.result is not None
+            chosen_by.setdefault(point_key(outcome.run.point), []).append(validated(outcome.result, plan.metric))
     return [
-        Candidate(points[key], own, statistics.fmean(own.values()), standard_deviation([*own.values()]))
+        Candidate(
+            points[key],
+            own,
+            statistics.fmean(own.values()),
+            standard_deviation([*own.values()]),
+            _mean(present) if len(present := [v for v in chosen_by[key] if v is not None]) == len(own) else None,
+        )
         for key, own in values.items()
     ]
 
 
+def validated(result: Mapping[str, Any], metric: str) -> float | None:
+    """The metric of a run on its validation set; None without one."""
+    return (result.get("validation") or {}).get(metric)
+
+
 def _best(plan: Plan, candidates: Sequence[Candidate]) -> Candidate | None:
     sign = -1 if plan.lower_is_better else 1
-    return max(candidates, key=lambda candidate: (len(candidate.values), sign * candidate.mean), default=None)
+    by_validation = _chosen_by_validation(candidates)
+
+    def goodness(candidate: Candidate) -> tuple[int, float]:
+        value = candidate.validation_mean if by_validation else candidate.mean
+        assert value is not None
+        return len(candidate.values), sign * value
+
+    return max(candidates, key=goodness, default=None)
+
+
+def _chosen_by_validation(candidates: Sequence[Candidate]) -> bool:
+    return all(candidate.validation_mean is not None for candidate in candidates)
 
 
 def _test(one: Candidate | None, baseline: Candidate | None) -> PairedTest | None:
@@ -178,7 +205,10 @@ def _retention(results: Sequence[Mapping[str, Any]], when: str) -> float | None:
 
 def _notes(plan: Plan, methods: Sequence[MethodResult], jobs: int) -> list[str]:
     notes = []
-    if any(len(method.candidates) > 1 for method in methods):
+    several = [method for method in methods if len(method.candidates) > 1]
+    if several and all(_chosen_by_validation(method.candidates) for method in several):
+        notes.append(f"Each method's point was chosen by its mean {plan.metric} on the validation set.")
+    elif several:
         notes.append(
             f"Each method's point was chosen by its mean {plan.metric} on the test set that is reported here, as there "
             "is no other: the values are optimistic, more so the more points were tried."

@@ -11,6 +11,7 @@ from typing import Any
 from loraloom.errors import InputError
 from loraloom.training.compare.config import Plan, Range, Search
 from loraloom.training.compare.execution import Executor, Outcome
+from loraloom.training.compare.results import validated
 from loraloom.training.compare.runs import make_run
 
 try:
@@ -49,7 +50,8 @@ def search(plan: Plan, space: Search, executor: Executor) -> list[Outcome]:
             if outcome.result is None:
                 studies[entry.label].tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
-                studies[entry.label].tell(trial, outcome.result["after"][plan.metric])
+                found = validated(outcome.result, plan.metric)
+                studies[entry.label].tell(trial, outcome.result["after"][plan.metric] if found is None else found)
         outcomes += ended
     completed = {
         label: study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)) for label, study in studies.items()
