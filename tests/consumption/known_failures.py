@@ -4,12 +4,8 @@ from tests.consumption.kinds import GROUPS
 
 # Cause -> kind -> verbs, or groups of verbs.
 _CAUSES: dict[str, dict[str, str]] = {
-    "C4: the second name of a tied table": {
-        "embedding_tied": "inspect export_peft intruders_disk intruders_memory intruders_merged",
-    },
-    "C6: a LoRA on lm_head is exact in vLLM and llama.cpp": {
-        "head": "export_vllm export_gguf-ready",
-        "loom_head": "export_vllm export_gguf-ready",
+    "C4: refused in one line, as PEFT cannot add a second adapter to a tied table": {
+        "embedding_tied": "intruders_memory intruders_merged",
     },
     "C2: refused without the code": {
         "loom_missing_tensor": "forward",

@@ -260,7 +260,7 @@ def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def served(folder: Path, base: Path) -> Tensor:
-    """Logits by a server that knows nothing but ``W + lora_alpha / r B A`` and linear layers."""
+    """Logits by a server that knows nothing but ``W + lora_alpha / r B A``, of linear layers and tables."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = {k: v.double() for k, v in load_file(folder / "adapter_model.safetensors").items()}
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
@@ -269,15 +269,16 @@ def served(folder: Path, base: Path) -> Tensor:
     assert config["bias"] == "none"
     model = load_base(base, torch.float64)
     while tensors:
-        key, A = next((k, v) for k, v in tensors.items() if k.endswith(".lora_A.weight"))
-        B = tensors.pop(key.replace("lora_A", "lora_B"))
+        key, A = next((k, v) for k, v in tensors.items() if k.endswith((".lora_A.weight", ".lora_embedding_A")))
+        B = tensors.pop(key.replace("_A", "_B"))
         del tensors[key]
         assert len(A) == config["r"]
-        layer = model.get_submodule(key.removeprefix(PREFIX).removesuffix(".lora_A.weight"))
-        assert not isinstance(layer, nn.Embedding)
+        table = key.endswith(".lora_embedding_A")
+        layer = model.get_submodule(key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")[0])
+        assert isinstance(layer, nn.Embedding) == table
         delta = config["lora_alpha"] / config["r"] * B @ A
         with torch.no_grad():
-            layer.weight.add_(delta.T if _is_transposed(layer) else delta)
+            layer.weight.add_(delta.T if table or _is_transposed(layer) else delta)
     return logits(model)
 
 

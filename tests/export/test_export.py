@@ -162,7 +162,7 @@ def test_a_portable_adapter_keeps_the_contract(exports, kind):
 
 def test_dead_layers_are_left_out(exports):
     config = json.loads((exports[1]["weightlora with dead layers", "portable"] / "adapter_config.json").read_text())
-    assert len(config["target_modules"]) == 3
+    assert len(config["target_modules"]) == 3 + 2  # SGLang needs a v_proj beside each q_proj
     assert "model.layers.0.mlp.down_proj" not in config["target_modules"]
 
 
@@ -244,7 +244,7 @@ def test_large_matrices_are_approximated_almost_as_well_as_by_an_exact_svd():
 @pytest.mark.parametrize(
     ("config", "target", "message"),
     [
-        (PEFT_ONLY["head"], "vllm", "holds lm_head.weight, and vLLM: must be empty; use loraloom merge"),
+        (PEFT_ONLY["head"], "vllm", "holds lm_head.weight, and vLLM: .* lm_head is rejected; use loraloom merge"),
         (PEFT_ONLY["tokens"], "gguf-ready", "llama.cpp: exits on full head or embedding weights; use loraloom merge"),
         (PEFT_ONLY["embedding"], "portable", "embed_tokens is an embedding, and vLLM"),
         (peft.LoraConfig(**(LORA | {"r": 600})), "vllm", "rank 600 is above 512.*give --rank"),
@@ -356,10 +356,10 @@ def test_a_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(pico_llama
 def test_what_was_written_is_read_back(pico_llama_dir, tmp_path, monkeypatch):
     save(pico_llama_dir, tmp_path / "a", peft.LoraConfig(**LORA))
 
-    def careless(tensors, file, metadata):
-        save_file({k: v * 1.001 if "q_proj.lora_B" in k else v for k, v in tensors.items()}, file, metadata)
+    def careless(file, tensors):
+        save_file({k: v * 1.001 if "q_proj.lora_B" in k else v for k, v in tensors.items()}, file, {"format": "pt"})
 
-    monkeypatch.setattr("loraloom.export.plan.save_file", careless)
+    monkeypatch.setattr("loraloom.export.plan.save_tensors", careless)
     with pytest.raises(RunFailedError, match=r"q_proj: the update read back is 1\.0e-03 off"):
         export_adapter(tmp_path / "a", "portable", tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -372,3 +372,23 @@ def test_what_is_read_is_never_overwritten(pico_llama_dir, tmp_path, out):
     with pytest.raises(InputError, match="which is read"):
         export_adapter(adapter, "portable", adapter / out, overwrite=True)
     assert open_adapter(adapter).modules
+
+
+def test_sglang_gets_zeros_of_a_size_that_the_base_says_or_is_refused(pico_llama_dir, tmp_path):
+    config = peft.LoraConfig(**(LORA | {"target_modules": ["k_proj", "up_proj"]}))
+    save(pico_llama_dir, tmp_path / "a", config)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "some/where"}))
+    for target in ("sglang", "portable"):
+        with pytest.raises(InputError) as error:
+            export_adapter(tmp_path / "a", target, tmp_path / "b")
+        assert error.value.code == "siblings"
+    assert not export_adapter(tmp_path / "a", "vllm", tmp_path / "vllm").completed
+    report = export_adapter(tmp_path / "a", "sglang", tmp_path / "b", base=pico_llama_dir)
+    assert {name.rpartition(".")[2] for name in report.completed} == {"q_proj", "v_proj", "gate_proj"}
+    ours, theirs = (
+        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_llama_dir), tmp_path / name)
+        for name in ("b", "a")
+    )
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)

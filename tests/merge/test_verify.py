@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 from loraloom import LoomConfig
 from loraloom.errors import InputError, RunFailedError
 from loraloom.merge.merge import merge_checkpoint, verified
-from loraloom.merge.verify import SENTENCES, check_verifiable, verify_merge
+from loraloom.merge.verify import SENTENCES, check_verifiable, check_verification, verify_merge
 from tests.adapter.support import trained
 
 
@@ -31,12 +31,16 @@ def test_a_right_merge_and_a_wrong_one(pico_llama_dir, tmp_path, make):
     assert check["input"] == "text"
     assert check["max_logit_difference"] < 1e-5 < 1e-2 < check["adapter_effect"]
     assert check["top1_agreement"] == 1
+    check_verification(check)
     result = verified(result, check)
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["verification"] == check == result.verification
 
     shutil.copy(pico_llama_dir / "model.safetensors", tmp_path / "out")  # the base, as if nothing were merged
     check = verify_merge(tmp_path / "out", pico_llama_dir, [tmp_path / "adapter"], 3)
     assert check["max_logit_difference"] == pytest.approx(check["adapter_effect"], rel=1e-4)
+    with pytest.raises(RunFailedError) as error:
+        check_verification(check)
+    assert error.value.code == "not-verified"
 
 
 def test_a_classifier_without_a_tokenizer(pico_bert_dir, tmp_path):
@@ -87,3 +91,25 @@ def test_a_model_that_cannot_be_run(pico_llama_dir, tmp_path):
     save_file({k: torch.full_like(v, torch.nan) for k, v in load_file(path).items()}, path, {"format": "pt"})
     with pytest.raises(RunFailedError, match=r"out is merged, but verifying it failed: .*NaN"):
         verify_merge(tmp_path / "out", pico_llama_dir, [tmp_path / "adapter"], 1)
+
+
+@pytest.mark.parametrize(
+    ("difference", "effect", "top1", "passes"),
+    [
+        (2.8, 3.2, 0.17, False),  # a wrong merge
+        (0.3, 3.2, 0.94, False),
+        (0.33, 3.2, 1.0, False),
+        (0.3, 3.2, 0.96, True),
+        (1e-5, 0.0, 1.0, True),  # an adapter without an effect
+        (0.01, 0.0, 1.0, False),
+    ],
+)
+def test_what_is_let_through(difference, effect, top1, passes):
+    check = {"max_logit_difference": difference, "adapter_effect": effect, "top1_agreement": top1, "largest_logit": 9.0}
+    if passes:
+        check_verification(check)
+        return
+    with pytest.raises(RunFailedError):
+        check_verification(check)
+    if effect:
+        check_verification(check, logits=1.0, top1=0.0)

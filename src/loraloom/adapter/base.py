@@ -12,7 +12,7 @@ from loraloom.errors import InputError
 from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
 
 if TYPE_CHECKING:
-    from loraloom.adapter.stored import StoredAdapter
+    from loraloom.adapter.protocol import Adapter
 
 _EMBEDDING = re.compile(r".*embed\w*|wte|wpe")
 # transformers' Conv1D stores (in, out). A square one looks like a Linear on disk, so these are known by name.
@@ -28,7 +28,7 @@ class BaseWeights:
         checkpoint: the base's tensors.
     """
 
-    def __init__(self, path_or_id: str | Path, adapter: "StoredAdapter") -> None:
+    def __init__(self, path_or_id: str | Path, adapter: "Adapter") -> None:
         folder = locate(path_or_id)
         self.checkpoint = open_checkpoint(folder)
         config = folder / "config.json"

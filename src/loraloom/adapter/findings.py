@@ -53,7 +53,7 @@ def name_findings(adapter: StoredAdapter) -> list[Finding]:
         why = "carry the name of a wrapper, so they match no module; save the unwrapped model"
         found.append(_error("unresolved", why, wrapped))
     training = set(filter(for_training_only, keys))
-    twice = sorted(keys - used - training - {*adapter.others})
+    twice = sorted(keys - used - training - adapter.twice - {*adapter.others})
     if twice:
         found.append(_error("duplicate", "say again what another tensor says; remove one of each", twice))
     shapes = {name: _misshapen(module) for name, module in adapter.modules.items()}

@@ -13,7 +13,7 @@ import torch
 
 from loraloom.adapter.base import BaseWeights
 from loraloom.adapter.findings import Finding, base_findings, config_findings, counted, name_findings
-from loraloom.adapter.serving import Verdict, serving_table
+from loraloom.adapter.serving import Verdict, missing_siblings, serving_table
 from loraloom.adapter.stored import StoredAdapter, StoredModule, read_adapter
 from loraloom.errors import InputError
 from loraloom.progress import Progress, silent, tracked
@@ -213,7 +213,10 @@ def _number_findings(adapter: StoredAdapter, layers: list[LayerReport], has_base
     ]
     if broken:
         found.append(Finding("error", "not-finite", f"{counted(broken)} hold NaN or infinity, or overflow", broken))
-    zero = [layer.module for layer in layers if layer.zero is not None]
+    # Zeros beside an adapted module are there for SGLang, see missing_siblings.
+    moving = [layer.module for layer in layers if layer.zero is None]
+    wanted = missing_siblings(moving) if moving else {}
+    zero = [layer.module for layer in layers if layer.zero is not None and layer.module not in wanted]
     dora = any("magnitude" in layer.parts for layer in layers)
     unchanged = [layer for layer in layers if layer.zero and not (dora and _turns(layer))]
     if not layers:

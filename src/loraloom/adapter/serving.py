@@ -1,16 +1,17 @@
 """Which programs serve an adapter, why not, and what to run. The facts are in serving.yaml, with date and sources."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from loraloom.adapter.peft_features import changed_base
 from loraloom.adapter.protocol import Adapter
-from loraloom.adapter.stored import read_adapter
+from loraloom.adapter.stored import PREFIX, read_adapter
 
 _WAYS = {
     "export": "`export`, exact",
@@ -39,7 +40,7 @@ class Verdict:
 
 @cache
 def serving_data() -> Mapping[str, Any]:
-    """serving.yaml: ``read`` (year and month), ``ways_out``, ``features`` and ``servers``."""
+    """serving.yaml: ``ways_out``, ``features`` and ``servers``."""
     return yaml.safe_load((Path(__file__).parent / "serving.yaml").read_text(encoding="utf-8"))
 
 
@@ -65,11 +66,54 @@ def features(adapter: Adapter) -> dict[str, str]:
         if module.kernel:
             found.setdefault("convolution", f"{module.name} is a convolution")
         elif module.embedding:
-            found.setdefault("embedding", f"{module.name} is an embedding")
-    for key in adapter.others:
+            feature = "tied_embedding" if config.get("ensure_weight_tying") else "embedding"
+            found.setdefault(feature, f"{module.name} is an embedding")
+        elif module.name.rpartition(".")[2] == "lm_head":
+            found.setdefault("head", f"adapts {module.name}")
+    if missing := missing_siblings(adapter.modules):
+        found["siblings"] = f"lacks {next(iter(missing))}"
+    copies = copies_of_base(adapter)
+    for key in [key for key in adapter.others if key not in copies]:
         found.setdefault(kind_of_other(adapter, key), f"holds {key.removeprefix('base_model.model.')}")
     if changed_base(config):
         found["altered_base"] = f"init_lora_weights is {config.get('init_lora_weights')!r}"
+    return found
+
+
+# SGLang stacks projections: a module that is adapted needs another one adapted beside it.
+_NEEDS = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+def missing_siblings(modules: Iterable[str]) -> dict[str, str]:
+    """Modules that SGLang needs factors of, zeros for instance -> the adapted module that asks for them."""
+    present, missing = set(modules), {}
+    waiting = list(present)
+    while waiting:
+        module = waiting.pop()
+        place, dot, name = module.rpartition(".")
+        sibling = f"{place}{dot}{_NEEDS[name]}" if name in _NEEDS else module
+        if sibling not in present:
+            present.add(sibling)
+            missing[sibling] = module
+            waiting.append(sibling)
+    return dict(sorted(missing.items()))
+
+
+def copies_of_base(adapter: Adapter) -> list[str]:
+    """Tables of the base that PEFT saves beside the update of an embedding or a head, and that have not changed.
+
+    None without the base model: then they may have been resized or trained.
+    """
+    base = getattr(adapter, "base", None)
+    if base is None:
+        return []
+    ending, found = ".base_layer.weight", []
+    for key, tensor in ((k, adapter.checkpoint.tensor(k)) for k in adapter.others if k.endswith(ending)):  # type: ignore[attr-defined]
+        own = base.keys.get(key.removesuffix(ending).removeprefix(PREFIX))
+        if own is not None and base.checkpoint.shape(own) == tensor.shape:
+            table = base.checkpoint.tensor(own)
+            if torch.equal(table, tensor.to(table.dtype)):
+                found.append(key)
     return found
 
 
@@ -150,11 +194,14 @@ def serving_markdown() -> str:
             cells = ["any" if "ranks" not in s else f"up to {s['ranks'][-1]}" for s in servers]
         else:
             rules = [server["rules"].get(feature, {"effect": "ok"}) for server in servers]
-            cells = [f"**{r['effect']}**: {r['why']}" if "why" in r else r["effect"] for r in rules]
+            cells = [f"**{r['effect']}**: {r['why']} ({r['how']})" if "why" in r else r["effect"] for r in rules]
         rows.append([what, *cells, _WAYS[data["ways_out"][feature]]])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    sources = "\n".join(f"- {server['name']}: {'; '.join(server['sources'])}" for server in servers)
-    return f"{table}\n\nRead {data['read']}:\n\n{sources}"
+    sources = "\n".join(
+        f"- {server['name']} {server['version']}, {server['date']}: {'; '.join(server['sources'])}"
+        for server in servers
+    )
+    return f"{table}\n\nRun or read, as each cell says:\n\n{sources}"
 
 
 def _way_out(ways: set[str], adapter: Adapter, server: Mapping, base: str, too_large: bool) -> str:

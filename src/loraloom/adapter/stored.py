@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
+import torch
 from torch import Tensor
 
 from loraloom.adapter.peft_features import TRAINING_ONLY, check_config
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_HEADS = ("lm_head", "embed_out", "decoder")
 _SECONDS = 0.5  # for one match of an expression that a file brings
 
 
@@ -85,6 +87,8 @@ class StoredAdapter(Adapter):
         checkpoint: its tensors.
         modules: the adapted modules, in the file's order.
         base: the base model's weights, where they are known.
+        twins: the output head of a tied table, whose update PEFT saves a second time, transposed.
+        twice: their tensors.
     """
 
     modules: dict[str, StoredModule]
@@ -118,6 +122,29 @@ class StoredAdapter(Adapter):
                         code="dtype",
                     )
         self.modules = {module: StoredModule(self, module, parts) for module, parts in found.items()}
+        self.twins: dict[str, StoredModule] = {}
+        self.twice: set[str] = set()
+        if config.get("ensure_weight_tying"):
+            self._drop_twins()
+
+    def _drop_twins(self) -> None:
+        """Of a table that is the output head as well PEFT saves the update twice, the second one transposed."""
+        tables = [module for module in self.modules.values() if module.embedding]
+        for name, module in list(self.modules.items()):
+            table = next((table for table in tables if table.shape == module.shape[::-1]), None)
+            if module.embedding or table is None or name.rpartition(".")[2] not in _HEADS:
+                continue
+            mine, its = module.unchecked_parts(), table.unchecked_parts()
+            if not (torch.equal(mine["A"], its["B"].T) and torch.equal(mine["B"], its["A"].T)):
+                raise InputError(
+                    f"{self.path}: ensure_weight_tying is true, and {name} has another update than {table.name}: save "
+                    "the adapter again",
+                    code="tied",
+                )
+            self.twins[name] = self.modules.pop(name)
+            twice = {*module.tensors.values(), f"{PREFIX}{name}.base_layer.weight"}
+            self._others = [key for key in self._others if key not in twice]
+            self.twice |= twice
 
     @property
     def others(self) -> list[str]:

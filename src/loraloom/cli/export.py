@@ -85,4 +85,8 @@ def summary(report: "ExportReport") -> str:
     ]
     if report.dropped:
         lines.append(f"Left out, because their update is zero: {len(report.dropped)} modules")
+    if report.completed:
+        lines.append(
+            f"Factors of zeros for SGLang, which stacks these with adapted ones: {len(report.completed)} modules"
+        )
     return "\n".join(lines)

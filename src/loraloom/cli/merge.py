@@ -39,7 +39,12 @@ class Merge(Saving):
     base_precision: Literal["original", "dequantised"] = "original"
     """dequantised: the base is a bitsandbytes checkpoint; merge into what its weights stand for."""
     verify: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Compare the logits of the merged model with those of base and adapter on N prompts (both in float32, in turn)."""
+    """Compare the logits of the merged model with those of base and adapter on N prompts (both in float32, in turn).
+    Exit code 1 where they differ by more than the next two let through."""
+    verify_logits: float = 0.1
+    """--verify: the largest difference of a logit, as a share of what the adapter changes."""
+    verify_top1: float = 0.95
+    """--verify: the smallest share of positions with the same top choice."""
     overwrite: bool = False
     """Replace the folder if there is something in it."""
 
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     console = command.console()
     with console.status("Loading PyTorch"):
         from loraloom.merge.merge import merge_checkpoint, verified
-        from loraloom.merge.verify import check_verifiable, verify_merge
+        from loraloom.merge.verify import check_verifiable, check_verification, verify_merge
     weights = command.weights or None
     typed = shlex.join(["loraloom", "merge", *arguments])
     if command.verify:
@@ -78,9 +83,11 @@ def main(arguments: Sequence[str]) -> None:
         from loraloom.report.builders.adapter import merge_report
 
         save_report(merge_report(result, typed), command.report, console)
-    command.publish(result.out, console)
     if command.json:
         print(json.dumps(result.to_dict()))
+    if result.verification is not None:
+        check_verification(result.verification, command.verify_logits, command.verify_top1)
+    command.publish(result.out, console)
 
 
 def _show(result: "MergeResult", console: Console) -> None:

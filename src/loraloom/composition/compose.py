@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from loraloom.adapter.protocol import Adapter
-from loraloom.composition.sources import layer_shapes, open_source, ranks_of
+from loraloom.composition.sources import layer_shapes, modules_of, open_source, ranks_of
 from loraloom.errors import InputError
 from loraloom.tuner.config import LoomConfig
 from loraloom.tuner.layer import LoomLayer
@@ -72,7 +72,7 @@ def compose(
             f"total={total!r}: expected a positive number, and 1 where the weights are given", code="composition-total"
         )
     sources = {name: open_source(model, name, where) for name, where in members.items()}
-    shapes = layer_shapes(base, {module for source in sources.values() for module in source.modules})
+    shapes = layer_shapes(base, {module for source in sources.values() for module in modules_of(source)})
     ranks = {name: ranks_of(name, source, shapes) for name, source in sources.items()}
     composition = Composition(
         members=[_describe(name, source) for name, source in sources.items()],
@@ -134,7 +134,7 @@ def _fixed_weights(weights: str | Mapping[str, float], members: Mapping[str, Any
 
 
 def _biased(source: Adapter, module: str) -> bool:
-    return module in source.modules and bool({"bias", "member_bias"} & source.modules[module].shapes().keys())
+    return module in modules_of(source) and bool({"bias", "member_bias"} & modules_of(source)[module].shapes().keys())
 
 
 def _describe(name: str, source: Adapter) -> dict[str, str]:
@@ -155,10 +155,10 @@ def _fill(layer: LoomLayer, adapter_name: str, module: str, sources: list[Adapte
         if not rank:
             continue
         rows = slice(start, start + rank)
-        A_n, B_n = source.modules[module].factors()
+        A_n, B_n = modules_of(source)[module].factors()
         A[rows].copy_(A_n.reshape(A[rows].shape))
         B[:, rows].copy_(B_n.reshape(B[:, rows].shape))
-        bias = source.modules[module].bias()
+        bias = modules_of(source)[module].bias()
         if bias is not None:
             layer.factor("member_bias", adapter_name)[i].copy_(bias)
         start += rank

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from loraloom.adapter.open import open_adapter
-from loraloom.adapter.protocol import Adapter
+from loraloom.adapter.protocol import AdaptedModule, Adapter
 from loraloom.adapter.stored import StoredAdapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import read_json
@@ -57,6 +57,11 @@ def open_source(model: nn.Module, name: str, where: str | Path) -> Adapter:
     return source
 
 
+def modules_of(source: Adapter) -> dict[str, AdaptedModule]:
+    """The modules of a member, the head that is tied to an adapted table among them."""
+    return {**source.modules, **getattr(source, "twins", {})}
+
+
 def ranks_of(name: str, source: Adapter, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
     """Module -> rank of the member's update there.
 
@@ -69,7 +74,7 @@ def ranks_of(name: str, source: Adapter, shapes: dict[str, tuple[int, int]]) -> 
         InputError: a module or a shape differs from the base model's.
     """
     ranks = {}
-    for module, member in source.modules.items():
+    for module, member in modules_of(source).items():
         if module not in shapes:
             raise InputError(
                 f"member {name!r} adapts {module}, which the model does not have{did_you_mean(module, shapes)}: it "

@@ -54,6 +54,7 @@ class ExportReport:
         dtype: of the factors.
         modules: one entry per exported module.
         dropped: modules whose update is zero.
+        completed: modules with factors of zeros, which SGLang needs beside those that are adapted.
         error: ``||dW - dW'|| / ||dW||`` over all modules together, Frobenius norms.
         lossy: whether something was truncated, so that the error is not rounding alone.
     """
@@ -64,6 +65,7 @@ class ExportReport:
     dtype: str
     modules: list[ModuleExport]
     dropped: list[str] = field(default_factory=list)
+    completed: list[str] = field(default_factory=list)
     error: float = 0.0
     lossy: bool = False
 
@@ -161,8 +163,10 @@ def _compare(plan: ExportPlan, written: StoredAdapter, path: str, progress: Prog
         RunFailedError: a module, a magnitude or another tensor is not what it was, or an exact update is off.
     """
     modules, squared_error, squared_norm = [], 0.0, 0.0
-    if {*written.modules} != {*plan.factors} or {*written.others} != {*plan.adapter.others}:
+    if {*written.modules} != {*plan.factors, *plan.completed} or {*written.others} != {*plan.others}:
         raise RunFailedError(f"{path}: the tensors read back are not those that were written; nothing was kept")
+    if any(factor.any() for name in plan.completed for factor in written.modules[name].parts().values()):
+        raise RunFailedError(f"{path}: {plan.completed[0]} was to have no effect; nothing was kept")
     for module in tracked(plan.factors, "Comparing", progress):
         error, norm, rounding = _difference(plan, written, module)
         if error > rounding and not plan.truncated:
@@ -179,6 +183,7 @@ def _compare(plan: ExportPlan, written: StoredAdapter, path: str, progress: Prog
         dtype=str(plan.dtype).removeprefix("torch."),
         modules=modules,
         dropped=plan.dropped,
+        completed=plan.completed,
         error=math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
         lossy=plan.truncated,
     )

@@ -7,6 +7,8 @@ Truncation of D = B A to rank k is the best one (Eckart and Young, 1936), of rel
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loraloom.adapter.base import BaseWeights, base_key
 from loraloom.adapter.protocol import AdaptedModule, Adapter
-from loraloom.adapter.serving import allowed_rank, features, kind_of_other, serving_data
+from loraloom.adapter.serving import (
+    allowed_rank,
+    copies_of_base,
+    features,
+    kind_of_other,
+    missing_siblings,
+    serving_data,
+)
 from loraloom.adapter.stored import CONFIG, PREFIX, WEIGHTS
 from loraloom.errors import InputError, RunFailedError
 from loraloom.io.stream import save_tensors
@@ -48,6 +58,7 @@ class ExportPlan:
         ranks, errors: module -> rank of its exact update, and ||D - D'|| / ||D|| of what truncation lost; DoRA's
             error is known once the result is compared.
         dropped: modules whose update is zero.
+        completed: modules that get factors of zeros, because SGLang stacks them with one that is adapted.
         rank: the largest of the ranks; that of all modules with ``one_rank``.
         truncated: whether an update was approximated.
     """
@@ -74,6 +85,7 @@ class ExportPlan:
         self.errors: dict[str, float] = {}
         self._squares = [0.0, 0.0]  # of what is lost, and of all
         self.dropped: list[str] = []
+        self.completed: list[str] = []
         self.truncated = False
 
     @property
@@ -81,6 +93,22 @@ class ExportPlan:
         """||D - D'|| / ||D|| over all modules together, of truncation alone."""
         lost, norm = self._squares
         return math.sqrt(lost / norm) if norm else 0.0
+
+    @cached_property
+    def twins(self) -> dict[str, str]:
+        """Output heads that are tied to an adapted table -> the table; PEFT wants the update of both."""
+        heads: Mapping[str, AdaptedModule] = getattr(self.adapter, "twins", {})
+        modules = self.adapter.modules.items()
+        return {
+            head: next(name for name, table in modules if table.embedding and table.shape == twin.shape[::-1])
+            for head, twin in heads.items()
+        }
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Tensors of no update that go along; for servers without the base's own tables."""
+        copies = [] if self.target == "peft" else copies_of_base(self.adapter)
+        return [key for key in self.adapter.others if key not in copies]
 
     def approximates(self, module: AdaptedModule) -> bool:
         """Whether the module's update has to be approximated, having a magnitude that the target does not take."""
@@ -110,6 +138,37 @@ class ExportPlan:
         for name, (A, B) in self.factors.items():
             padding = self.rank - A.shape[0]
             self.factors[name] = (F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, padding)))
+        if "sglang" in TARGETS[self.target]:
+            self.completed = [*missing_siblings(self.factors)]
+
+    def zeros(self, name: str) -> tuple[Tensor, Tensor]:
+        """Factors without an effect for a module that is not adapted.
+
+        Raises:
+            InputError: nothing says how large the module is.
+        """
+        kind = name.rpartition(".")[2]
+        alike = [m for m in self.adapter.modules.values() if m.name.rpartition(".")[2] == kind]
+        shape = alike[0].shape if alike else self._in_base(name)
+        if shape is None:
+            raise InputError(
+                f"{self.adapter.where}: SGLang needs factors of {name} beside {missing_siblings(self.factors)[name]}, "
+                "and no other layer says how large they are: give --base",
+                code="siblings",
+            )
+        assert self.rank is not None
+        return torch.zeros(self.rank, shape[1]), torch.zeros(shape[0], self.rank)
+
+    def _in_base(self, name: str) -> tuple[int, int] | None:
+        """(out, in) of a Linear of the base model, where that is known."""
+        base = getattr(self.adapter, "base", None)
+        if base is None and (folder := Path(self.adapter.config.get("base_model_name_or_path") or "")).name:
+            base = BaseWeights(folder, self.adapter) if (folder / "config.json").is_file() else None
+        key = None if base is None else base_key(name, base.checkpoint)
+        if base is None or key is None or len(base.checkpoint.shape(key)) != 2:
+            return None
+        out, width = base.checkpoint.shape(key)
+        return out, width
 
     def _fold(self, module: AdaptedModule) -> tuple[Tensor, Tensor]:
         if self.approximates(module):
@@ -162,7 +221,13 @@ class ExportPlan:
                 tensors[f"{PREFIX}{name}.lora_B.bias"] = (
                     torch.zeros(B.shape[0], dtype=self.dtype) if bias is None else bias.to(self.dtype)
                 )
-        tensors |= dict(self.adapter.other_tensors())
+        for name in self.completed:
+            A, B = (factor.to(self.dtype) for factor in self.zeros(name))
+            tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+        for twin, table in self.twins.items():
+            A, B = (factor.to(self.dtype) for factor in self.factors[table])
+            tensors |= {f"{PREFIX}{twin}.lora_A.weight": B.T, f"{PREFIX}{twin}.lora_B.weight": A.T}
+        tensors |= {key: tensor for key, tensor in self.adapter.other_tensors() if key in self.others}
         save_tensors(folder / WEIGHTS, tensors)
         config = self._config(with_bias)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -187,7 +252,7 @@ class ExportPlan:
         ranks = {module: A.shape[0] for module, (A, _) in self.factors.items()}
         r = Counter(ranks.values()).most_common(1)[0][0]
         pattern = {module: rank for module, rank in ranks.items() if rank != r}
-        kinds = {kind_of_other(self.adapter, key) for key in self.adapter.others}
+        kinds = {kind_of_other(self.adapter, key) for key in self.others}
         bias = config.get("bias", "none") if "bias" in kinds else "none"
         return {
             "peft_type": "LORA",
@@ -198,7 +263,7 @@ class ExportPlan:
             "r": r,
             "lora_alpha": r,
             "lora_dropout": 0.0,
-            "target_modules": list(ranks),
+            "target_modules": [*ranks, *self.completed],
             "bias": "lora_only" if bias == "loom_only" else bias,
             "use_rslora": False,
             "use_dora": self.target == "peft" and "use_dora" in features(self.adapter),
@@ -208,6 +273,7 @@ class ExportPlan:
             "modules_to_save": config.get("modules_to_save") if "modules_to_save" in kinds else None,
             "trainable_token_indices": config.get("trainable_token_indices") if "tokens" in kinds else None,
             "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+            "ensure_weight_tying": bool(self.twins),
             "init_lora_weights": True,
         }
 

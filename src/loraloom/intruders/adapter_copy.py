@@ -17,6 +17,12 @@ def add_copy(model: PeftModel, adapter: str, new_adapter: str, ranks: dict[str, 
     """An empty adapter like another one, with these ranks and the same scales, without initialising anything."""
     old: Any = model.peft_config[adapter]
     source = LiveAdapter(model, adapter)
+    if source.config.get("ensure_weight_tying") and any(module.embedding for module in source.modules.values()):
+        raise InputError(
+            f"{source.where} adapts a table that is the output head as well, to which PEFT cannot add a second adapter: "
+            "save it and use loraloom intruders",
+            code="tied",
+        )
     config = copy.deepcopy(old)
     lora = old.peft_type == "LORA"
     start = old.init_lora_weights

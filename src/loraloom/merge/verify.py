@@ -33,6 +33,8 @@ SENTENCES = (
     "Question: how many legs does a spider have? Answer:",
 )
 _TOKENS = 32  # of a prompt, at most
+LOGITS, TOP1 = 0.1, 0.95  # what is let through, see check_verification
+_ROUNDING = 1e-4
 
 
 def check_verifiable(adapters: Sequence[str | Path], weights: Sequence[float] | None, base: str | Path) -> None:
@@ -77,6 +79,7 @@ def verify_merge(
     Returns:
         ``prompts``, ``positions`` (outputs compared), ``input`` ("text" or "random tokens"), ``max_logit_difference``,
         ``adapter_effect`` (the largest difference that the adapters make to the base model's logits),
+        ``largest_logit``,
         ``top1_agreement`` (share of positions), ``seconds``.
 
     Raises:
@@ -95,6 +98,31 @@ def verify_merge(
         reason = (outcome.stderr.strip().splitlines() or [f"exit status {outcome.returncode}"])[-1]
         raise RunFailedError(f"{out} is merged, but verifying it failed: {reason}")
     return json.loads(outcome.stdout.splitlines()[-1])
+
+
+def check_verification(verification: dict[str, Any], logits: float = LOGITS, top1: float = TOP1) -> None:
+    """Raises where a merged model is not the base model with its adapters.
+
+    Args:
+        verification: of :func:`verify_merge`.
+        logits: largest difference of a logit that is let through, as a share of the adapters' effect.
+        top1: smallest share of positions with the same top choice.
+
+    Raises:
+        RunFailedError: one of them is not kept ("not-verified").
+    """
+    difference, effect = verification["max_logit_difference"], verification["adapter_effect"]
+    # Whatever the adapters do, float32 rounds the logits themselves.
+    allowed = max(logits * effect, _ROUNDING * verification["largest_logit"])
+    if difference <= allowed and verification["top1_agreement"] >= top1:
+        return
+    raise RunFailedError(
+        f"the merged model is not the base with the adapter: logits differ by up to {difference:.3g} where the adapter "
+        f"changes them by {effect:.3g} (at most {allowed:.3g} is let through), and the top choice is the same at "
+        f"{verification['top1_agreement']:.1%} of positions (at least {top1:.1%}): merge with --dtype float32, and if "
+        "that does not help look at the base (is it the one that the adapter was trained on?); the folder was kept",
+        code="not-verified",
+    )
 
 
 def _compare(request: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +151,7 @@ def _compare(request: dict[str, Any]) -> dict[str, Any]:
         "input": kind,
         "max_logit_difference": difference,
         "adapter_effect": effect,
+        "largest_logit": max(output.abs().max().item() for output in theirs),
         "top1_agreement": sum(part.sum().item() for part in same) / positions,
         "seconds": round(time.monotonic() - started, 1),
     }
