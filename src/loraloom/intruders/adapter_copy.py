@@ -19,7 +19,7 @@ def add_copy(model: PeftModel, adapter: str, new_adapter: str, ranks: dict[str, 
     source = LiveAdapter(model, adapter)
     if source.config.get("ensure_weight_tying") and any(module.embedding for module in source.modules.values()):
         raise InputError(
-            f"{source.where} adapts a table that is the output head as well, to which PEFT cannot add a second adapter: "
+            f"{source.where} adapts a table that is the output head as well, to which PEFT cannot add a second one: "
             "save it and use loraloom intruders",
             code="tied",
         )
