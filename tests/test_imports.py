@@ -27,8 +27,6 @@ FLOOR = {package: i for i, floor in enumerate(FLOORS) for package in floor}
 KNOWN_UP: dict[tuple[str, str], str] = {}
 # Modules that import each other, types included: each goes with the move that ends it.
 KNOWN_CIRCLES = {
-    ("adapter.base", "adapter.stored"),
-    ("export.card", "export.export"),
     ("optim.galore.checks", "optim.galore.engine", "optim.galore.layerwise"),
 }
 # Files of more than 350 lines, with the reason.

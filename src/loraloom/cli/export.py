@@ -13,7 +13,7 @@ from loraloom.errors import InputError
 from loraloom.text import printable
 
 if TYPE_CHECKING:
-    from loraloom.export.export import ExportReport
+    from loraloom.export.result import ExportReport
 
 
 @dataclass

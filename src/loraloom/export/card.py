@@ -9,7 +9,7 @@ from loraloom.card import SERVED, Card, adapter_usage
 from loraloom.provenance import installed_versions
 
 if TYPE_CHECKING:
-    from loraloom.export.export import ExportReport
+    from loraloom.export.result import ExportReport
 
 
 def export_card(report: "ExportReport", source: Adapter, serving: list[list[str]], command: str) -> Card:

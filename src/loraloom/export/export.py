@@ -6,9 +6,8 @@ approximation of the rank asked for (Eckart and Young, 1936). What was written i
 """
 
 import math
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +20,7 @@ from loraloom.card import write_card
 from loraloom.errors import InputError, RunFailedError
 from loraloom.export.card import export_card
 from loraloom.export.plan import TARGETS, ExportPlan
+from loraloom.export.result import ExportReport, ModuleExport
 from loraloom.io.files import check_apart, folder_atomically
 from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import factored_svd
@@ -31,52 +31,6 @@ if TYPE_CHECKING:
 
 ALLOWED_LOSS = 0.01
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ModuleExport:
-    """One module: its rank before and after, and ``||dW - dW'||_F / ||dW||_F`` of what was read back."""
-
-    module: str
-    rank: int
-    exported_rank: int
-    error: float
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported, and how exact it is.
-
-    Attributes:
-        path: the new folder.
-        target: for whom.
-        rank: the largest rank, which is that of all modules unless the target is "peft".
-        dtype: of the factors.
-        modules: one entry per exported module.
-        dropped: modules whose update is zero.
-        completed: modules with factors of zeros, which SGLang needs beside those that are adapted.
-        error: ``||dW - dW'|| / ||dW||`` over all modules together, Frobenius norms.
-        lossy: whether something was truncated, so that the error is not rounding alone.
-    """
-
-    path: str
-    target: str
-    rank: int
-    dtype: str
-    modules: list[ModuleExport]
-    dropped: list[str] = field(default_factory=list)
-    completed: list[str] = field(default_factory=list)
-    error: float = 0.0
-    lossy: bool = False
-
-    @property
-    def worst(self) -> ModuleExport:
-        """The module with the largest error."""
-        return max(self.modules, key=lambda module: module.error)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
 
 
 @torch.no_grad()

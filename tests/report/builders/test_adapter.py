@@ -7,7 +7,7 @@ import pytest
 from loraloom.adapter.findings import Finding
 from loraloom.adapter.inspect import Inspection, LayerReport
 from loraloom.adapter.serving import Verdict
-from loraloom.export.export import ExportReport, ModuleExport
+from loraloom.export.result import ExportReport, ModuleExport
 from loraloom.merge.result import MergeResult
 from loraloom.report.builders import by_layer, export_report, inspection_report, merge_report
 

@@ -9,7 +9,7 @@ from loraloom.text import MISSING, number
 
 if TYPE_CHECKING:
     from loraloom.adapter.inspect import Inspection
-    from loraloom.export.export import ExportReport
+    from loraloom.export.result import ExportReport
     from loraloom.merge.result import MergeResult
 
 AMOUNTS = (
