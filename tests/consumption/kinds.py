@@ -189,7 +189,7 @@ KINDS = [
         lora(target_modules=ATTENTION, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
         base="moe",
         per_weight=False,
-        expects=_other_function("target_parameters|ParamWrapper"),
+        expects=_other_function("target_parameters|ParamWrapper") | {"from_lora": EXACT},
     ),
     Kind(
         "layer_replication",

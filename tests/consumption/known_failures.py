@@ -7,18 +7,6 @@ _CAUSES: dict[str, dict[str, str]] = {
     "C4: refused in one line, as PEFT cannot add a second adapter to a tied table": {
         "embedding_tied": "intruders_memory intruders_merged",
     },
-    "C2: refused without the code": {
-        "loom_missing_tensor": "forward",
-        "loom_unknown_tensor": "forward",
-        "loom_unknown_module": "forward",
-    },
-    "C2: a broken adapter is taken": {
-        "loom_nan": "forward",
-        "loom_integers": "forward",
-    },
-    "C2: torch's error in many lines": {
-        "loom_rank": "forward",
-    },
 }
 KNOWN_FAILURES = {
     (kind, verb): cause

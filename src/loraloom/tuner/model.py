@@ -15,6 +15,7 @@ from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.experts import ParamWrapper, check_attention
+from loraloom.tuner.fit import check_fit
 from loraloom.tuner.layer import BASE, Factor, LoomLayer
 from loraloom.tuner.linear import LoomLinear
 from loraloom.tuner.peft_internals import (
@@ -207,26 +208,7 @@ class LoomModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{module_name}.{name}"
-            for module_name, module in model.named_modules()
-            if isinstance(module, LoomLayer)
-            for name, _ in module.named_parameters()
-            if name.startswith(PREFIX) and name.split(".")[1] == adapter_name
-        }
-        # PEFT loads with strict=False: a tensor without a place, or a place without a tensor, would go unnoticed.
-        extra = sorted(key for key in remapped if f".{PREFIX}" in key and key not in expected)
-        missing = sorted(expected - remapped.keys())
-        problems = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for keys, what in ((missing, "tensors are missing"), (extra, "tensors have no place in this model"))
-            if keys
-        ]
-        if problems:
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}: {' and '.join(problems)}. "
-                "Was it trained with another configuration or base model?"
-            )
+        check_fit(model, adapter_name, remapped)
         return remapped
 
 
