@@ -79,6 +79,14 @@ def test_text_of_a_figure_keeps_its_size(browser, report_page):
     assert sizes[390] >= 0.9 * sizes[1280]
 
 
+def test_a_table_without_a_picture_is_not_cut(browser, report_page):
+    browser.open(report_page, 390)
+    cut = "[...document.querySelectorAll('.pair:not(.figured) > .scroll')].map(s => s.scrollHeight - s.clientHeight)"
+    heights = browser.evaluate(cut)
+    assert heights
+    assert max(heights) <= 1
+
+
 def test_the_table_stands_beside_its_picture_where_there_is_room(browser, report_page):
     place = """[...document.querySelectorAll('.pair.beside')].map(p => {
         const [a, b] = [...p.children].map(c => c.getBoundingClientRect()); return b.left >= a.right })"""

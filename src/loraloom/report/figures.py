@@ -47,6 +47,8 @@ def draw_lines(figure: Lines) -> Drawing:
         if last is not None:
             ends.append((height_of(y_axis, last, height), series.name, f"s{i % SERIES_COLOURS}"))
     lines = [(height_of(y_axis, y, height), label, "muted") for label, y in figure.references.items()]
+    if len(ends) == 1 and not lines and ends[0][1] == figure.y_label:
+        ends = []  # the axis says it
     labels = [label for _, label, _ in [*ends, *lines]]
     drawn = _plot(figure.x_label, figure.y_label, x_axis, y_axis, height, labels)
     svg = drawn.svg
