@@ -1,5 +1,6 @@
 """Linear layers: nn.Linear, transformers' Conv1D, and every quantised linear that PEFT's backends resolve."""
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -13,6 +14,9 @@ from loraloom.tuner.peft_internals import features_of
 from loraloom.update.linear import adapted_linear
 from loraloom.update.node import LinearMap, Weight
 from loraloom.update.terms import Term, scale
+from loraloom.update.traced import is_traced
+
+_FOUR_BIT = {"Linear4bit", "LinearFP4", "LinearNF4"}
 
 
 def calls_only_forward(module: nn.Module) -> bool:
@@ -37,6 +41,20 @@ def calls_only_linear(base: Any, x: Tensor) -> TypeGuard[nn.Linear]:
         return False
     weight: Any = base._parameters["weight"]  # not base.weight: nn.Module's look-up costs a microsecond
     return x.dtype is weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def four_bit_map(base: Any, matrix: Callable[[], Tensor], magnitude: Tensor | None) -> LinearMap | None:
+    """A 4-bit base layer of bitsandbytes as a map for the node, in training; ``matrix`` dequantises its weight.
+
+    None for other layers, for one with hooks, and with a magnitude for one with a bias.
+    """
+    if type(base).__name__ not in _FOUR_BIT or not type(base).__module__.startswith("bitsandbytes."):
+        return None
+    if not torch.is_grad_enabled() or is_traced() or not calls_only_forward(base):
+        return None
+    if magnitude is not None and base._parameters["bias"] is not None:
+        return None
+    return LinearMap(base, matrix)
 
 
 class LoomLinear(LoomLayer):
@@ -70,19 +88,9 @@ class LoomLinear(LoomLayer):
         # One node for base and adapter: no second pass over the output, nor over the gradient of the input.
         if calls_only_linear(base, x):
             return self._adapt_by(adapters, x, base._parameters["bias"], W=base._parameters["weight"])
-        if self._is_four_bit(base, adapters):
-            return self._adapt_by(adapters, x, base._parameters["bias"], W=LinearMap(base, self.base_matrix))
+        if (four_bit := four_bit_map(base, self.base_matrix, self.magnitude(adapters[0]))) is not None:
+            return self._adapt_by(adapters, x, base._parameters["bias"], W=four_bit)
         return super().adapted_forward(x, adapters, *args, **kwargs)
-
-    def _is_four_bit(self, base: Any, adapters: list[str]) -> bool:
-        """Whether the base layer is 4-bit, alone in its output, and trained through."""
-        return (
-            getattr(self.quantization_backend, "backend_name", None) == "bnb 4bit"
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and calls_only_forward(base)
-            and (base._parameters["bias"] is None or self.magnitude(adapters[0]) is None)
-        )
 
     def adapt_together(self, adapters: list[str], x: Tensor, base_out: Tensor) -> Tensor:
         return self._adapt_by(adapters, x, getattr(self.get_base_layer(), "bias", None), base_out)

@@ -5,10 +5,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from loraloom.update.traced import is_traced
+
 
 def samples_of(adapter_names: list[str], device: torch.device) -> dict[str, Tensor]:
     """Adapter name -> indices of its samples, made once for all layers of a model."""
-    make = _samples_of.__wrapped__ if torch.compiler.is_compiling() else _samples_of
+    make = _samples_of.__wrapped__ if is_traced() else _samples_of
     return make(tuple(adapter_names), device)
 
 

@@ -27,10 +27,13 @@ from torch import Tensor, nn
 
 from loraloom.errors import InputError
 from loraloom.tuner import peft_internals
-from loraloom.tuner.linear import calls_only_linear, is_plain_linear
+from loraloom.tuner.linear import calls_only_linear, four_bit_map, is_plain_linear
 from loraloom.tuner.row_norm import RowNormCache
 from loraloom.update.linear import adapted_linear
+from loraloom.update.node import Weight
+from loraloom.update.parts import LORA
 from loraloom.update.terms import Term, fold, stack
+from loraloom.update.traced import is_traced
 from loraloom.update.update import row_norm
 
 
@@ -109,8 +112,13 @@ class FastLora(nn.Module):
             return super().forward(x)
         groups = _groups(parts)
         base = layer._modules["base_layer"]
-        if len(groups) == 1 and parts[0].dropout is None and calls_only_linear(base, x):
-            return _apply(layer, groups[0], x, None)
+        if len(groups) == 1 and parts[0].dropout is None:
+            if calls_only_linear(base, x):
+                return _apply(layer, groups[0], x, None, base._parameters["weight"])
+            magnitude = None if parts[0].magnitude is None else parts[0].magnitude.weight
+            four_bit = four_bit_map(base, lambda: _base_matrix(layer), magnitude)
+            if four_bit is not None:
+                return _apply(layer, groups[0], x, None, four_bit)
         result = base(x)
         dtype = result.dtype
         if len(groups) > 1:  # rounded once, as PEFT does
@@ -191,7 +199,7 @@ def _cover(model: nn.Module) -> None:
 
 def _parts(layer: Any) -> list[_Part] | None:
     """The active adapters in their order, or None where PEFT's code must compute one of them."""
-    present = layer._modules["lora_A"]._modules
+    present = layer._modules[LORA["A"]]._modules
     parts = [_part(layer, name) for name in layer.active_adapters if name in present]
     if any(isinstance(part, str) for part in parts):
         return None
@@ -201,7 +209,7 @@ def _parts(layer: Any) -> list[_Part] | None:
 def _part(layer: Any, name: str) -> _Part | str:
     """An adapter of a layer as it is now, or why PEFT's code must compute it."""
     modules = layer._modules
-    A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    A, B = modules[LORA["A"]]._modules[name], modules[LORA["B"]]._modules[name]
     variant = layer.lora_variant.get(name)
     dora = variant is not None and type(variant) is peft_internals.DoraLinearVariant
     if not (variant is None or dora or type(variant) is peft_internals.MiCALinearVariant):
@@ -212,7 +220,7 @@ def _part(layer: Any, name: str) -> _Part | str:
         return "lora_bias"
     magnitude = None
     if dora:
-        magnitude = modules["lora_magnitude_vector"]._modules[name]
+        magnitude = modules[LORA["magnitude"]]._modules[name]
         if magnitude._forward_hooks or magnitude._forward_pre_hooks or type(magnitude.weight) is not nn.Parameter:
             return "the magnitude is sharded or has hooks"
         if not peft_internals.has_base_weight(layer.get_base_layer()):
@@ -245,8 +253,8 @@ def _groups(parts: list[_Part]) -> list[list[_Part]]:
     return groups
 
 
-def _apply(layer: Any, group: list[_Part], x: Tensor, result: Tensor | None) -> Tensor:
-    """Adds a group to the result so far; None stands for the base layer's output, not computed yet."""
+def _apply(layer: Any, group: list[_Part], x: Tensor, result: Tensor | None, W: Weight | None = None) -> Tensor:
+    """Adds a group to the result so far; None stands for the base layer's output, which W then gives."""
     term = stack([part.term for part in group])
     dropout, magnitude = group[0].dropout, group[0].magnitude
     base = layer.get_base_layer()
@@ -254,7 +262,7 @@ def _apply(layer: Any, group: list[_Part], x: Tensor, result: Tensor | None) -> 
     m = None if magnitude is None else magnitude.weight
     norm = None if magnitude is None else _row_norm(layer, magnitude, term)
     if result is None:
-        return adapted_linear(x, term, W=base.weight, bias=bias, magnitude=m, norm=norm)
+        return adapted_linear(x, term, W=W, bias=bias, magnitude=m, norm=norm)
     if dropout is None:
         return adapted_linear(x, term, base_out=result, bias=bias, magnitude=m, norm=norm)
     x = dropout(x.to(term.A.dtype))
@@ -273,7 +281,7 @@ _row_norms: WeakKeyDictionary[nn.Module, tuple[weakref.ref, RowNormCache]] = Wea
 def _row_norm(layer: Any, magnitude: nn.Module, term: Term) -> Tensor:
     """``rownorm(W + D)`` (out,), cached."""
     parameter = layer.get_base_layer()._parameters.get("weight")
-    if parameter is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if parameter is None or is_traced():
         with torch.no_grad():
             return row_norm(_base_matrix(layer), *fold([term]))
     known = _row_norms.get(magnitude)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loraloom.update.simplex import nearest_in_simplex
+from loraloom.update.traced import is_traced
 
 CONSTRAINTS = ("softmax", "scaled_softmax", "simplex", "free")
 SCOPES = ("layer", "module_type", "model")
@@ -164,7 +165,7 @@ class Tie:
         # Zero, and depends on every copy with derivative 1. Negated twice, as else the gradients of the copies would
         # be views of one memory, which adding in place corrupts.
         zero = -torch.stack([(copy.detach() - copy).to(v.device) for copy in copies]).sum(0)
-        if not torch.compiler.is_compiling():  # its graph holds no tensors, so it serves every step
+        if not is_traced():  # its graph holds no tensors, so it serves every step
             self._zero, self._devices = zero, {id(copy): copy.device for copy in copies}
         return v.detach() + zero
 

@@ -48,7 +48,9 @@ def adapted_linear(
     """
     uniform = x.dtype is term.A.dtype and not dropout and autocast_dtype(x.device.type) is None
     few = magnitude is None or x.numel() <= _FEW_TOKENS * x.shape[-1]
-    if ((uniform and few) or is_traced(x)) and not isinstance(W, LinearMap):
+    # The node's generator needs numbers; without dropout it shows on the meta device what an accelerator would do.
+    traced = is_traced() or (dropout and x.is_meta)
+    if ((uniform and few) or traced) and not isinstance(W, LinearMap):
         return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
     A, B, M, gate, scaling = term
     # Flat outside the node: a view made inside could not be changed in place, as ReLU(inplace=True) does.
@@ -93,7 +95,7 @@ def _composed(
     if term.gate is not None:
         h = (h * scale(term)).to(h.dtype)  # a gate is float32 whatever the factors are
     alpha = 1.0 if term.gate is not None else term.scaling
-    if z.dtype is not h.dtype or h.dtype is not term.B.dtype or is_traced(x):  # a compiler fuses it
+    if z.dtype is not h.dtype or h.dtype is not term.B.dtype or is_traced():  # a compiler fuses it
         z = z + F.linear(h, term.B.to(h.dtype)) * alpha
     elif base_out is None:
         z = z.addmm_(h, term.B.t(), alpha=alpha)  # z is nobody else's

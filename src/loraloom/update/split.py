@@ -38,7 +38,7 @@ def product(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """``alpha a b`` in float32, of bfloat16 matrices."""
     if alpha == 1.0:
         return torch.mm(a, b, out_dtype=torch.float32)
-    nothing = torch.empty(a.shape[0], b.shape[1], device=a.device)
+    nothing = torch.empty(a.shape[0], b.shape[1], device=a.device, dtype=torch.float32)
     return torch.addmm(nothing, a, b, out_dtype=torch.float32, beta=0.0, alpha=alpha)
 
 

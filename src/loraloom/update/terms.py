@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraloom.update.traced import is_traced
+
 
 class Term(NamedTuple):
     """One product ``g s B M A`` of the sum; the matrices of convolutions are flattened to two dimensions."""
@@ -75,7 +77,7 @@ def stack(terms: Sequence[Term]) -> Term:
 
 def _per_row(values: tuple[float, ...], ranks: tuple[int, ...], A: Tensor) -> Tensor:
     """One number for each row of A, from one for each term."""
-    make = _constant.__wrapped__ if torch.compiler.is_compiling() else _constant
+    make = _constant.__wrapped__ if is_traced() else _constant
     return make(values, ranks, A.device, compute_dtype(A))
 
 
