@@ -93,6 +93,11 @@ class LoomConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
+                if name in (f.name for f in fields(LoraConfig)):
+                    raise TypeError(
+                        f"LoomConfig has no field {name!r}, a part of PEFT's LoRA that loraloom does not have: "
+                        "leave it out, or use peft.LoraConfig."
+                    )
                 near = did_you_mean(name, known) or "."
                 raise TypeError(
                     f"LoomConfig has no field {name!r}{near} If it comes from a saved adapter, that adapter needs a "
@@ -116,6 +121,12 @@ class LoomConfig(PeftConfig):
         _one_of("use_mixer", self.use_mixer, MIXERS)
         _one_of("init_lora_weights", self.init_lora_weights, INITS)
         _one_of("bias", self.bias, BIASES)
+        alphas = (self.lora_alpha, *self.alpha_pattern.values())
+        if self.init_lora_weights in ("pissa", "olora") and not all(alpha > 0 for alpha in alphas):
+            raise ValueError(
+                f"lora_alpha={self.lora_alpha!r}, alpha_pattern={self.alpha_pattern!r}: "
+                f"init_lora_weights={self.init_lora_weights!r} divides by alpha, which must be positive."
+            )
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError(f"init_lora_weights='orthogonal' needs even ranks, got r={self.r}, {self.rank_pattern}.")
         if isinstance(self.composition, dict):
@@ -178,6 +189,8 @@ class LoomConfig(PeftConfig):
                 default = f.default_factory() if f.default_factory is not MISSING else f.default
                 if f.name not in ("peft_type", "runtime_config", "lora_dtype") and value and value != default:
                     unsupported.append(f.name)
+        if config.runtime_config.ephemeral_gpu_offload:
+            unsupported.append("ephemeral_gpu_offload")
         if unsupported:
             raise ValueError(f"LoraConfig uses {', '.join(sorted(unsupported))}, which loraloom does not support.")
         if values["bias"] == "lora_only":

@@ -17,6 +17,7 @@ from loraloom.tuner.merging import MergingLayer
 from loraloom.tuner.mixed_batch import samples_of
 from loraloom.tuner.peft_internals import gather_params_ctx
 from loraloom.tuner.row_norm import RowNormCache
+from loraloom.tuner.scaled import ScaledLayer
 from loraloom.update.composition import LayerComposition
 from loraloom.update.parts import LOOM, PARTS, Name, Part, Shape
 from loraloom.update.rescale import rescale
@@ -26,13 +27,13 @@ from loraloom.update.update import Update, row_scale
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 
-class LoomLayer(nn.Module, MergingLayer):
+class LoomLayer(nn.Module, MergingLayer, ScaledLayer):
     """Base of the adapted layers; the adapter's tensors are ``<state key>.<adapter>.weight``."""
 
     adapter_layer_names = tuple(part.loom for part in PARTS if part.loom and part.trainable)
     other_param_names = (
         *(part.loom for part in PARTS if part.loom and not part.trainable),
-        *("compositions", "r", "lora_alpha", "scaling", "dropout", "row_norms"),
+        *("compositions", "r", "lora_alpha", "scaling", "unscaled", "dropout", "row_norms"),
     )
     base_layer: Any  # of many kinds, some from packages that need not be installed
     in_features: int
@@ -60,6 +61,7 @@ class LoomLayer(nn.Module, MergingLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.unscaled: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.row_norms: dict[str, RowNormCache] = {}
         self._disable_adapters = False
@@ -108,7 +110,7 @@ class LoomLayer(nn.Module, MergingLayer):
             dtype = torch.float32
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = scaling(r, lora_alpha, config.use_rslora)
+        self.scaling[adapter_name] = self.unscaled[adapter_name] = scaling(r, lora_alpha, config.use_rslora)
         self.dropout[adapter_name] = config.lora_dropout
         for part in PARTS:
             if part.shape is not None and part.present(config):

@@ -68,6 +68,18 @@ class LoomModel(BaseTuner):
             return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's merging of LoRA factors, which adds cross terms; there is none for these layers.
+
+        Raises:
+            InputError: always; the message names what to use.
+        """
+        raise InputError(
+            "add_weighted_adapter combines A and B apart, which is not the sum of the updates: use "
+            "loraloom.compose(model, {name: folder}, weights=...), which is exact.",
+            code="add-weighted-adapter",
+        )
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; the layers of a composition whose scope is wider than a layer are tied."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)

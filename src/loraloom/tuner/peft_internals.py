@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant, MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, hotswap, register_peft_method
 from peft.utils.integrations import gather_params_ctx, init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
@@ -89,6 +89,7 @@ def register(config_cls: type, model_cls: type) -> None:
     owner = next((kind for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == PREFIX), None)
     if owner is not None:
         raise ImportError(f"The PEFT prefix {PREFIX!r} already belongs to {owner}: loraloom cannot register beside it.")
+    hotswap.CONFIG_KEYS_TO_CHECK[LOOM] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], "use_mixer", "use_gate"]
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
 
 
