@@ -40,6 +40,7 @@ def run_config(arguments: argparse.Namespace, learning_rate: float, seed: int, f
             "data": {
                 "path": arguments.train,
                 "test_path": arguments.test,
+                "validation_fraction": 0,
                 "max_train": 1500,
                 "max_length": 64,
                 "retention": "stdlib-docstrings",

@@ -11,6 +11,7 @@ from loraloom.training.config import (
     SECTIONS,
     SELECTION_KEYS,
     TRAINING_DEFAULTS,
+    TRAINING_KEYS,
     MethodSection,
     OptimizerSection,
     RunConfig,
@@ -89,7 +90,7 @@ def test_examples_are_valid(path):
     from trl import SFTConfig
 
     config = load_config(path, (), "composition" if path.stem == "compose" else None)
-    assert config.training.keys() <= {f.name for f in dataclasses.fields(SFTConfig)}
+    assert config.training.keys() <= {f.name for f in dataclasses.fields(SFTConfig)} | TRAINING_KEYS.keys()
 
 
 def test_training_keeps_its_defaults_beside_other_keys(tmp_path):
