@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from loraloom.report import Report, Section
+from loraloom.report import Fact, Report, Section
 
 from .support import HOSTILE, LONG_PATH, full_report, heatmap, page
 
@@ -82,6 +82,13 @@ def test_every_picture_has_a_table_and_words(text):
 def test_four_facts_are_large_and_the_rest_are_there(text):
     assert text.count('<dd class="value">') == 4
     assert Reader(text).text.count("fact 2") == 1
+
+
+def test_a_long_value_is_never_large():
+    facts = [Fact("accuracy", "0.5"), Fact("task", "text-classification"), Fact("seeds", "3")]
+    shown = page(Report("t", "c", summary=facts))
+    assert shown.count('<dd class="value">') == 1
+    assert Reader(shown).text.count("seeds") == 1
 
 
 def test_light_and_dark_have_the_same_colours(text):

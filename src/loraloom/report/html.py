@@ -1,5 +1,6 @@
 """A `Report` as one HTML file: inline CSS and SVG, no script, light and dark, from a phone's width to a desk's."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +15,7 @@ from loraloom.report.palette import DARK, LIGHT, Palette, variables
 from loraloom.report.svg import figure_css, inline_svg
 from loraloom.text import MINUS, MISSING
 
-TILES = 4  # facts set large
+TILES, WIDEST_TILE = 4, 14  # facts set large, and characters of their values
 MAX_ROWS = 240  # of a table on the page; a longer one shows evenly spaced rows of it
 COLUMNS_BESIDE = 4  # a wider table goes below its figure
 
@@ -55,12 +56,13 @@ def render_html(report: Report) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     created = datetime.fromisoformat(report.created)
+    large = [*itertools.takewhile(lambda fact: len(fact.value) <= WIDEST_TILE, report.summary[:TILES])]
     return environment.get_template("page.html.j2").render(
         report=report,
         created=f"{created:%-d %B %Y, %H:%M} UTC",
         css=Markup(_css()),
-        tiles=report.summary[:TILES],
-        facts=report.summary[TILES:],
+        tiles=large,
+        facts=report.summary[len(large) :],
         sections=[_part(section, f"s{i}") for i, section in enumerate(report.sections, start=1)],
     )
 

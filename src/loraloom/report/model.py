@@ -12,7 +12,7 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Fact:
-    """A number worth knowing by itself. The first four of a report are set large: put the most important first."""
+    """A number worth knowing by itself. The first four of a report are set large, up to a long value."""
 
     label: str
     """What it is, in a few words."""
