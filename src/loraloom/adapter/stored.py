@@ -124,8 +124,20 @@ class StoredAdapter(Adapter):
         self.modules = {module: StoredModule(self, module, parts) for module, parts in found.items()}
         self.twins: dict[str, StoredModule] = {}
         self.twice: set[str] = set()
+        self._drop_wrapped()
         if config.get("ensure_weight_tying"):
             self._drop_twins()
+
+    def _drop_wrapped(self) -> None:
+        """With a resized vocabulary PEFT saves modules_to_save again, with what they were: NAME.weight says it all."""
+        for key in self._others:
+            module, _, rest = key.rpartition(".modules_to_save.")
+            if rest and f"{module}.{rest}" in self.checkpoint:
+                own = self.checkpoint.tensor(f"{module}.{rest}")
+                if not torch.equal(own, self.checkpoint.tensor(key)):
+                    raise InputError(f"{self.path}: {key} is not {module}.{rest}: save it again", code="duplicate")
+                self.twice |= {key, key.replace(".modules_to_save.", ".original_module.")} & set(self.checkpoint)
+        self._others = [key for key in self._others if key not in self.twice]
 
     def _drop_twins(self) -> None:
         """Of a table that is the output head as well PEFT saves the update twice, the second one transposed."""

@@ -48,7 +48,7 @@ def merged_config(
         new["tie_word_embeddings"] = False
     if dtype is not None and config:
         _set_dtype(new, dtype)
-    vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    vocabulary = vocabulary_size(config)
     labels: list[tuple[int, Path]] = []
     changed = False
     for tensor in resized:
@@ -67,6 +67,11 @@ def merged_config(
         count, adapter = min(labels)  # a head may have layers of its own, wider than its output
         _set_classifier(new, str(task), count, _label_names(adapter, count))
     return new, changed
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the model with this config.json, None where it does not say."""
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def _set_vocabulary(config: dict[str, Any], size: int) -> None:

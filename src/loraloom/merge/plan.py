@@ -3,6 +3,7 @@
 Every tensor of every adapter is given a place, or the plan is an error that lists those without one.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from loraloom.adapter.base import base_keys, stored_transposed
 from loraloom.adapter.stored import PREFIX, StoredAdapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import Checkpoint
-from loraloom.merge.config import CLASSIFIERS, Resized, merged_config
+from loraloom.merge.config import CLASSIFIERS, Resized, merged_config, vocabulary_size
 from loraloom.merge.edits import Edit, Target
 from loraloom.merge.tied import VocabularyTable, vocabulary_table
 
+_VOCABULARY = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|word_embeddings)\.(weight|bias)$")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -73,7 +75,21 @@ def plan_merge(
     _check_shapes(edits)
     _targets(edits, plan, dtype)
     plan.config, plan.vocabulary_changed = merged_config(config, dtype, edits.untied, _resized(edits))
+    if plan.vocabulary_changed:
+        _check_vocabulary(plan, vocabulary_size(config))
     return plan
+
+
+def _check_vocabulary(plan: Plan, old: int | None) -> None:
+    """A resized embedding needs a resized head, which PEFT saves only of some models."""
+    new = vocabulary_size(plan.config)
+    left = [target.name for target in plan.targets if _VOCABULARY.search(target.name) and target.shape[:1] == (old,)]
+    if left and new != old:
+        raise InputError(
+            f"the adapter resizes the vocabulary from {old} to {new} and does not hold {_listed(left)} of that size: "
+            'train with modules_to_save=["embed_tokens", "lm_head"], or merge with PEFT\'s merge_and_unload',
+            code="vocabulary",
+        )
 
 
 class _Edits:

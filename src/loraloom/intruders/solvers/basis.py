@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loraloom.errors import InputError
 from loraloom.intruders.solvers.matrix import RELATIVE_ZERO, Weight, tiles
+from loraloom.io.checkpoint import open_checkpoint
+from loraloom.io.files import file_atomically
+from loraloom.io.stream import write_safetensors
 
 
 class LeftBasis(NamedTuple):
@@ -50,7 +53,7 @@ class BasisCache:
 
     A weight is recognised by its content, so a cache can be shared by every adapter of a base model, and a changed
     weight cannot meet an old basis. A basis is as large as its weight in float32 (with the longer side cut to the
-    shorter one).
+    shorter one). A damaged file is computed and written again; several processes may share the folder.
 
     Args:
         cache_dir: where to keep the bases; created when needed. None keeps them in memory only.
@@ -65,17 +68,42 @@ class BasisCache:
         key = fingerprint(W)
         if key not in self._bases:
             file = None if self.folder is None else self.folder / f"{key}.safetensors"
-            if file is not None and file.exists():
-                stored = load_file(file)
-                self._bases[key] = LeftBasis(stored["U"].to(W.device), stored["S"].to(W.device))
-            else:
-                self._bases[key] = left_basis(W)
-                if file is not None:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    aside = file.with_suffix(".part")
-                    save_file(self._bases[key]._asdict(), aside)
-                    aside.replace(file)
+            stored = None if file is None else _read(file, W)
+            self._bases[key] = left_basis(W) if stored is None else stored
+            if file is not None and stored is None:
+                _write(file, self._bases[key])
         return self._bases[key]
+
+
+def _write(file: Path, basis: LeftBasis) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in basis._asdict().items()}
+    with file_atomically(file) as aside:
+        sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_safetensors(aside, sizes, lambda name: [tensors[name]], {"sha256": _digest(tensors)})
+
+
+def _read(file: Path, W: Weight) -> LeftBasis | None:
+    """The basis in a file, or None where there is none of this weight that is whole."""
+    if not file.exists():
+        return None
+    try:
+        stored = open_checkpoint(file)
+        tensors = dict(stored.tensors(["U", "S"]))
+        whole = stored.metadata(file).get("sha256") == _digest(tensors)
+    except InputError:
+        return None
+    U, S = tensors["U"], tensors["S"]
+    if not whole or S.shape != U.shape[1:] or U.shape[0] != W.shape[0]:
+        return None
+    return LeftBasis(U.to(W.device), S.to(W.device))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in ("U", "S"):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def fingerprint(W: Weight) -> str:
