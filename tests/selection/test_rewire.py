@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from loraloom import LoomConfig
+from loraloom.errors import InputError
 from loraloom.selection.rewire import adapted_layers, disconnect, expand_ranks, factors, fold_gates, gate, largest_rank
 from loraloom.tuner.layer import LoomLayer
 
@@ -237,6 +238,8 @@ def test_ranks_that_cannot_be_are_refused_before_anything_changes() -> None:
     limit = largest_rank(adapted_layers(model, "default")["layers.0.up"], "default")
     assert limit == 8
     for r in (1, limit + 1):
-        with pytest.raises(ValueError, match=rf"rank {r} for layers.0.up is out of range: it can be 2 to 8"):
+        with pytest.raises(InputError) as caught:
             expand_ranks(model, "default", {"conv": 4, "layers.0.up": r}, optimizer, seed=0)
+        assert caught.value.code == "out-of-range"
+        assert "layers.0.up" in str(caught.value)
     assert_identical(tensors(model), before)

@@ -216,7 +216,8 @@ class AdapterSelection:
             if not any(group.get("started") for group in self.optimizer.param_groups):
                 raise RunFailedError(
                     f"no gate has had a gradient in {self.step} steps, so nothing can be selected: raise select_until "
-                    "beyond the first steps of the learning rate's own warm-up"
+                    "beyond the first steps of the learning rate's own warm-up",
+                    code="no-gradient",
                 )
             self._drop(dropped)
         elif self.reentry:
@@ -233,7 +234,9 @@ class AdapterSelection:
 
     def _drop(self, names: set[str]) -> None:
         if len(names) == len(self._layers):
-            raise RunFailedError(f"after step {self.step} every gate is zero, so no adapter is left: lower gate_lr")
+            raise RunFailedError(
+                f"after step {self.step} every gate is zero, so no adapter is left: lower gate_lr", code="nothing-kept"
+            )
         self.freeze(set())
         if names:
             self._disconnect(names)
