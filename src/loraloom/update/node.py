@@ -179,7 +179,9 @@ def _add_update(z: Tensor, x: Tensor, factors: _Factors, mask: Any, fresh: bool)
     u = (h if M is None else h @ M.t()) * sigma
     if z.dtype == u.dtype:
         return z.addmm_(u, B.t()) if fresh else torch.addmm(z, u, B.t()), h
-    exact = (u @ B.t()).add_(z)
+    update = u @ B.t()
+    # In place where that keeps the base's precision: z is float32 beside bf16 factors too.
+    exact = update.add_(z) if torch.promote_types(z.dtype, update.dtype) is update.dtype else update + z
     return z.copy_(exact) if fresh else exact.to(z.dtype), h
 
 
