@@ -125,6 +125,10 @@ _BIAS = {"servers": Refused("bias"), "compositions": Refused("bias")}
 _TOKENS = {"servers": Refused("token"), "compositions": Refused("token")}
 _ALL = {"use_mixer": "orthogonal", "use_gate": True, "use_dora": True, "use_rslora": True}
 _PATTERNS = {"rank_pattern": {"q_proj": 2, "1.mlp.up_proj": 5}, "alpha_pattern": {"k_proj": 3, "0.mlp.up_proj": 8}}
+_EXPERTS = {
+    "target_modules": ATTENTION,
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 _EMBEDDING = {"target_modules": [*ATTENTION, "embed_tokens"]}
 
 
@@ -179,14 +183,18 @@ KINDS = [
         "embedding_tied",
         lora(**_EMBEDDING, ensure_weight_tying=True),
         base="tied",
-        expects={"servers": Refused("embed"), "from_lora": Refused("ensure_weight_tying")},
+        expects={"servers": Refused("embed"), "from_lora": Refused("ensure_weight_tying")}
+        | {
+            "intruders_memory": Refused("output head"),
+            "intruders_merged": Refused("output head"),
+        },
     ),
     Kind("embedding", lora(**_EMBEDDING), expects=_ON_TABLE),
     Kind("head", lora(target_modules=[*ATTENTION, "lm_head"]), expects=_ON_HEAD),
     Kind("fan_in_fan_out", lora(target_modules=CONV1D, fan_in_fan_out=True), base="gpt2"),
     Kind(
         "target_parameters",
-        lora(target_modules=ATTENTION, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        lora(**_EXPERTS),
         base="moe",
         per_weight=False,
         expects=_other_function("target_parameters|ParamWrapper") | {"from_lora": EXACT},
@@ -227,6 +235,13 @@ KINDS = [
     Kind("loom_embedding", loom(**_EMBEDDING, use_mixer="orthogonal"), expects=_ON_TABLE),
     Kind("loom_head", loom(target_modules=[*ATTENTION, "lm_head"], use_gate=True), expects=_ON_HEAD),
     Kind("loom_conv1d_all", loom(target_modules=CONV1D, **_ALL), base="gpt2", expects=_DORA),
+    Kind(
+        "loom_target_parameters",
+        loom(**_EXPERTS),
+        base="moe",
+        per_weight=False,
+        expects=_other_function("target_parameters|experts"),
+    ),
     Kind("loom_pruned", selected()),
     Kind("loom_pruned_all", selected(use_mixer="orthogonal", use_rslora=True)),
     Kind("loom_expanded", selected(ours.HalveAndDouble(times=1, every=1))),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -112,7 +112,9 @@ class Reference:
                 self.weights = _probed(model)
             found = logits(model)
             self.peft_logits = found if found.isfinite().all() else None
-        elif per_weight:
+        elif not per_weight:
+            self.peft_logits = _logits_of_twin(self, folder.with_name("twin"))
+        else:
             self.weights = _written_out(load_base(base, torch.float64), self.tensors, self.config)
 
     @cached_property
@@ -161,6 +163,15 @@ class Reference:
                     layer.bias = nn.Parameter(torch.zeros_like(weight.bias))
                 layer.bias.copy_(weight.bias)
         return logits(model)
+
+
+def _logits_of_twin(reference: Reference, folder: Path) -> Tensor:
+    """By PEFT, of a LoRA with the same tensors as an adapter of ours that has no parts of its own."""
+    names = ("r", "lora_alpha", "target_modules", "target_parameters")
+    LoraConfig(**{name: reference.config[name] for name in names}).save_pretrained(folder)
+    tensors = {key.replace(".loom_lora_", ".lora_"): value.contiguous() for key, value in reference.tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return logits(load_adapter(folder, reference.base))
 
 
 def _is_transposed(layer: nn.Module) -> bool:
