@@ -89,9 +89,12 @@ def test_an_exported_adapter_says_how_it_is_served(causal, tmp_path, target, mon
     assert answer(tmp_path / "out", base, monkeypatch)
 
 
-def test_an_exported_classifier_is_in_no_serving_table(classifier, tmp_path):
-    export_adapter(classifier[1], "peft", tmp_path / "out")
+def test_an_exported_classifier_is_in_no_serving_table_and_loads_with_its_head(classifier, tmp_path, monkeypatch):
+    base, adapter = classifier
+    export_adapter(adapter, "peft", tmp_path / "out")
     assert "Serving" not in card_of(tmp_path / "out")
+    assert "num_labels=3" in card_of(tmp_path / "out")
+    assert answer(tmp_path / "out", base, monkeypatch).startswith("LABEL_")
 
 
 def test_a_mitigated_adapter_answers(causal, tmp_path, monkeypatch):

@@ -181,6 +181,16 @@ def adapter_usage(config: Mapping[str, Any], labels: int | None = None) -> str:
     )
 
 
+def head_outputs(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Outputs of a classifier's head among saved tensors; None without one.
+
+    Args:
+        shapes: of tensors that are no part of an update, by name.
+    """
+    heads = [shape[0] for name, shape in shapes.items() if re.search(r"\b(classifier|score)\b.*\.weight$", name)]
+    return min(heads, default=None)  # a head may have layers of its own, wider than its output
+
+
 def auto_class(config: Mapping[str, Any]) -> str:
     """transformers' Auto class for a model, by the name of its architecture."""
     name = (config.get("architectures") or [""])[0]

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from loraloom.adapter.protocol import Adapter
 from loraloom.adapter.serving import serving_data
-from loraloom.card import SERVED, Card, adapter_usage
+from loraloom.adapter.stored import StoredAdapter
+from loraloom.card import SERVED, Card, adapter_usage, head_outputs
 from loraloom.provenance import installed_versions
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def export_card(report: "ExportReport", source: Adapter, serving: list[list[str]
     servers = [server for server in serving_data()["servers"].values() if server["target"] != "peft"]
     programs = [server["name"] for server in servers if report.target in (server["target"], "portable")]
     serve = [how for program, effect, how in serving if program in programs and effect == "ok"]
+    labels = None
+    if report.target == "peft" and isinstance(source, StoredAdapter):  # servers take no head
+        labels = head_outputs({key: source.checkpoint.shape(key) for key in source.others})
     exactness = (
         "It is an approximation of the original update"
         if report.lossy
@@ -32,7 +36,7 @@ def export_card(report: "ExportReport", source: Adapter, serving: list[list[str]
         f"{exactness}, read back and compared module by module.",
         base_model=source.config.get("base_model_name_or_path"),
         tags=["lora"],
-        usage=adapter_usage(config),
+        usage=adapter_usage(config, labels),
         command=command,
         facts={
             "error over all modules, relative": f"{report.error:.1e}",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from loraloom.adapter.stored import StoredAdapter
-from loraloom.card import SERVED, Card, adapter_usage
+from loraloom.card import SERVED, Card, adapter_usage, head_outputs
 from loraloom.intruders.report import IntruderReport
 from loraloom.provenance import installed_versions
 
@@ -21,7 +21,7 @@ def intruders_card(
         summary=f"The adapter `{source.path.name}`, with {which} (arXiv 2410.21228) scaled by {report.scale:g}.",
         base_model=source.config.get("base_model_name_or_path"),
         tags=["lora"],
-        usage=adapter_usage(source.config),
+        usage=adapter_usage(source.config, head_outputs({key: source.checkpoint.shape(key) for key in source.others})),
         command=command,
         facts={
             "intruder dimensions found": f"{report.count}, in {modules} of {len(report.layers)} modules",
