@@ -139,6 +139,8 @@ def load_base(
             model, info = task.auto_class.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise _cannot_load(section, error) from error
+    if section.quantization != "none":
+        prevent_cpu_repacking(model)  # also where PEFT's own layers come on top
     if getattr(processor, "pad_token_id", None) is not None:
         model.config.pad_token_id = processor.pad_token_id
     return model, new
@@ -177,7 +179,6 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
         if lora is None:
             return peft.get_peft_model(model, ours)
         adapted = peft.get_peft_model(model, lora)  # so that everything that reads LoRA reads the result
-        prevent_cpu_repacking(adapted)
         speed_up(adapted)
         return adapted
     except (ValueError, TypeError) as error:
