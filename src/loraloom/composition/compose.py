@@ -49,8 +49,8 @@ def compose(
             total trains. "simplex": as "softmax" by projection, so that weights can become 0. "free": any.
         total: what the weights of a layer add up to, with "scaled_softmax" and "free" at the start. At 1, N equal
             members have an N-th of their strength each.
-        normalize: who the weights add up over: the members that adapt the layer ("present"), or all; then the weights
-            of a layer add up to less where members are missing.
+        normalize: "present": in each layer the weights of the members that adapt it sum to 1. "all": they sum to 1 over
+            all members, so a layer that lacks some gets less.
         adapter_name: name of the new adapter.
         task_type: of the PeftModel; None takes that of the members if they agree. With those of classification PEFT
             trains the model's head as well.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def export_card(report: "ExportReport", source: Adapter, serving: list[list[str]], command: str) -> Card:
-    """Of a plain LoRA that `export` made."""
+    """Model card for a plain LoRA that `export` made."""
     config = {**source.config, "peft_type": "LORA"}
     served = config.get("task_type") in SERVED
     # The same command anywhere: the folder by its name.

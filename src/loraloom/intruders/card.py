@@ -11,7 +11,7 @@ from loraloom.provenance import installed_versions
 def intruders_card(
     report: IntruderReport, out: str, source: StoredAdapter, serving: list[list[str]], command: str
 ) -> Card:
-    """Of an adapter in which `intruders` scaled intruder dimensions down."""
+    """Model card for an adapter with reduced intruder dimensions."""
     which = "the first intruder dimension of each module" if report.scope == "top" else "every intruder dimension"
     modules = sum(bool(layer.intruders) for layer in report.layers)
     served = source.config.get("task_type") in SERVED

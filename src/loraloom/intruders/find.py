@@ -46,7 +46,7 @@ class LayerIntruders:
     cosines: list[float]
     """For each, the largest cosine with a left singular vector of W; see ``exact``."""
     exact: bool
-    """False if W was not decomposed: the cosine of an intruder is then an upper bound, that of the others a lower."""
+    """True: cosines are exact. False (W was not decomposed): upper bounds for intruders, lower bounds for the rest."""
     intruders: list[int]
     """Indices into ``singular_values``, ascending."""
     effective_rank: float

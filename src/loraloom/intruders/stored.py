@@ -130,8 +130,8 @@ def sweep_stored(
     """What each scale would take away of an adapter in files. What that does to a task takes a model, and its data.
 
     A point's metrics are ``relative_change``, ``||dW' - dW|| / ||dW||`` over all modules, with dW the change of the
-    base weight and dW' the mitigated one, and ``remaining_intruders`` among the top_k of every module: scaling an
-    intruder moves it down that list, and one that is out of it makes room for another direction.
+    base weight and dW' the mitigated one, and ``remaining_intruders`` among the top_k of every module: a scaled
+    intruder can drop out of the top k; the next direction takes its place and may be an intruder too.
 
     Args:
         path, base, top_k, epsilon, progress: see :func:`find_stored_intruders`.

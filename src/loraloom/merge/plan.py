@@ -172,7 +172,7 @@ def _replacements(adapter: StoredAdapter) -> list[tuple[str, str, str]]:
             found.append((name, name.removesuffix(_TOKENS).removeprefix(PREFIX), "weight"))
         else:
             module, _, kind = name.removeprefix(PREFIX).rpartition(".")
-            found.append((name, module.removesuffix(".base_layer"), kind))
+            found.append((name, module.removesuffix(".base_layer").removesuffix(".token_adapter"), kind))
     return found
 
 
