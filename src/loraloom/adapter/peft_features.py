@@ -36,7 +36,7 @@ class Feature(NamedTuple):
     values: Values
     effect: Effect = Effect.UNDERSTOOD
     why: str = ""
-    """Of what is not understood: the end of the sentence "FIELD is VALUE, ...", which says what to do."""
+    """Where the field is not understood: the end of the sentence "FIELD is VALUE, ...", which says what to do."""
 
 
 def _is(*types: type) -> Callable[[Any], bool]:

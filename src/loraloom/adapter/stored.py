@@ -140,7 +140,7 @@ class StoredAdapter(Adapter):
         self._others = [key for key in self._others if key not in self.twice]
 
     def _drop_twins(self) -> None:
-        """Of a table that is the output head as well PEFT saves the update twice, the second one transposed."""
+        """PEFT saves the update of a table that is the output head as well twice, the second one transposed."""
         tables = [module for module in self.modules.values() if module.embedding]
         for name, module in list(self.modules.items()):
             table = next((table for table in tables if table.shape == module.shape[::-1]), None)

@@ -50,9 +50,9 @@ class LayerIntruders:
     intruders: list[int]
     """Indices into ``singular_values``, ascending."""
     effective_rank: float
-    """Of B A, by entropy: see :func:`loraloom.update.lowrank.effective_rank`."""
+    """Effective rank of B A, by entropy: see :func:`loraloom.update.lowrank.effective_rank`."""
     stable_rank: float
-    """Of B A: see :func:`loraloom.update.lowrank.stable_rank`."""
+    """Stable rank of B A: see :func:`loraloom.update.lowrank.stable_rank`."""
     relative_norm: float | None
     """``||W' - W|| / ||W||`` in the Frobenius norm; None for W = 0."""
     vectors: Triplets = field(repr=False, compare=False)

@@ -5,7 +5,8 @@ With W = U0 diag(s0) V0^T, in the basis [U0, Z], Z an orthonormal basis of what 
     W' W'^T  =  diag(s0^2, 0) + F Q^T + Q F^T,    Q = [U0, Z]^T B,    F = [U0, Z]^T W A^T + Q A A^T / 2,
 
 a diagonal plus a matrix of rank 2 r. Its eigenvectors have theta y = d y + F (Q^T y) + Q (F^T y) in each coordinate d,
-so y follows from theta and the 2r numbers Q^T y, F^T y; we iterate on those: Davidson's method (J. Comput. Phys. 1975), with a
+so y follows from theta and the 2r numbers Q^T y, F^T y; we iterate on those: Davidson's method
+(J. Comput. Phys. 1975), with a
 preconditioner that is exact. The change has at most r negative eigenvalues, so theta_k is at least the (k + r)-th d.
 These coordinates and the ranges of F and Q in the others are what the search starts from; no other d reaches theta_k.
 It takes some passes of O(n (r + k)^2), in float64, and no product with W. The largest cosine of a vector with U0 is
