@@ -91,7 +91,7 @@ def test_a_long_value_is_never_large():
     assert Reader(shown).text.count("seeds") == 1
 
 
-def test_light_and_dark_have_the_same_colours(text):
+def test_light_and_dark_have_the_same_colors(text):
     light, dark = re.findall(r":root \{ (.*?) \}", text)
     names = [re.findall(r"--([\w-]+):", block) for block in (light, dark)]
     assert names[0] == names[1]

@@ -62,10 +62,10 @@ def test_it_fits_and_shows_its_pictures(browser, report_page, width, scheme):
     assert curves
     assert min(curves) > 0
     palette = LIGHT if scheme == "light" else DARK
-    colours = [palette.paper, palette.ink]
+    colors = [palette.paper, palette.ink]
     assert browser.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-    ) == [f"rgb({int(c[1:3], 16)}, {int(c[3:5], 16)}, {int(c[5:7], 16)})" for c in colours]
+    ) == [f"rgb({int(c[1:3], 16)}, {int(c[3:5], 16)}, {int(c[5:7], 16)})" for c in colors]
 
 
 def test_text_of_a_figure_keeps_its_size(browser, report_page):

@@ -1,4 +1,4 @@
-"""Axes hold what they show, numbers keep their digits, and every colour can be read."""
+"""Axes hold what they show, numbers keep their digits, and every color can be read."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loraloom.report.model import Heatmap
 from loraloom.report.palette import DARK, LIGHT, contrast, luminance, text_on
-from loraloom.report.scale import COLOUR_STEPS, colour_range, colour_step, linear_axis, log_axis
+from loraloom.report.scale import COLOR_STEPS, color_range, color_step, linear_axis, log_axis
 from loraloom.text import MINUS, MISSING, column, fixed, number
 
 finite = st.floats(-1e12, 1e12, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-12)
@@ -33,19 +33,19 @@ def test_a_log_axis_holds_its_values(values):
 
 
 @given(finite, finite, finite)
-def test_colours_follow_the_values(low, high, value):
+def test_colors_follow_the_values(low, high, value):
     low, high = sorted((low, high))
-    step = colour_step(value, low, high)
-    assert 0 <= step < COLOUR_STEPS
+    step = color_step(value, low, high)
+    assert 0 <= step < COLOR_STEPS
     if low < high:
-        assert colour_step(low, low, high) == 0
-        assert colour_step(high, low, high) == COLOUR_STEPS - 1
+        assert color_step(low, low, high) == 0
+        assert color_step(high, low, high) == COLOR_STEPS - 1
 
 
-def test_zero_is_the_middle_of_signed_colours():
-    low, high = colour_range(Heatmap("r", "c", ["a"], ["b", "c"], [[-3.0, 1.0]], signed=True))
+def test_zero_is_the_middle_of_signed_colors():
+    low, high = color_range(Heatmap("r", "c", ["a"], ["b", "c"], [[-3.0, 1.0]], signed=True))
     assert (low, high) == (-3.0, 3.0)
-    assert colour_step(0.0, low, high) == COLOUR_STEPS // 2
+    assert color_step(0.0, low, high) == COLOR_STEPS // 2
 
 
 @pytest.mark.parametrize(
@@ -92,20 +92,20 @@ def test_everything_can_be_read(palette):
     for text in (palette.ink, palette.muted, *palette.series):
         assert contrast(text, palette.paper) >= 4.5
     assert contrast(palette.ink, palette.raised) >= 4.5
-    for colour in (*palette.sequential, *palette.diverging):
-        assert contrast(text_on(colour), colour) >= 4.5
+    for color in (*palette.sequential, *palette.diverging):
+        assert contrast(text_on(color), color) >= 4.5
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 def test_the_ramps_also_read_in_grey(palette):
-    assert len(palette.sequential) == len(palette.diverging) == COLOUR_STEPS
+    assert len(palette.sequential) == len(palette.diverging) == COLOR_STEPS
     steps = [abs(b - a) for a, b in itertools.pairwise(map(luminance, palette.sequential))]
-    rising = [luminance(colour) for colour in palette.sequential]
+    rising = [luminance(color) for color in palette.sequential]
     assert rising in (sorted(rising), sorted(rising, reverse=True))
     assert min(steps) > 0
-    middle = COLOUR_STEPS // 2
+    middle = COLOR_STEPS // 2
     for half in (palette.diverging[: middle + 1], palette.diverging[middle:]):
-        values = [luminance(colour) for colour in half]
+        values = [luminance(color) for color in half]
         assert values in (sorted(values), sorted(values, reverse=True))
 
 

@@ -138,7 +138,7 @@ def test_a_cell_for_every_value():
     assert float(written[1]) == pytest.approx(figure.values[0][1], abs=0.005)
 
 
-def test_the_largest_value_has_the_last_colour():
+def test_the_largest_value_has_the_last_color():
     figure = Heatmap("r", "c", ["a", "b"], ["x", "y"], [[0.0, 1.0], [2.0, 4.0]])
     classes = [rect.get("class") for rect in drawn(figure).find("g[@class='cells']").findall("rect")]
     assert (classes[0], classes[-1]) == ("cell q0", "cell q10")

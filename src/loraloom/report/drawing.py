@@ -16,7 +16,7 @@ LABEL_GAP = 15  # pixels between the baselines of two labels
 CHARACTER = 6.6  # pixels of an average character at the figures' text size
 NARROW = 240  # width of the plot area on a phone
 MAX_POINTS = 400  # per curve: more than a screen can show
-SERIES_COLOURS = 6
+SERIES_COLORS = 6
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def apart(labels: list[tuple[float, str, str]], height: float) -> list[tuple[flo
     for i in reversed(range(len(places))):
         places[i] = min(places[i], limit)
         limit = places[i] - LABEL_GAP
-    return [(place, text, colour) for place, (_, text, colour) in zip(places, ordered, strict=True)]
+    return [(place, text, color) for place, (_, text, color) in zip(places, ordered, strict=True)]
 
 
 class Taken:

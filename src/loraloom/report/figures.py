@@ -9,7 +9,7 @@ from loraloom.report.drawing import (
     LABEL_GAP,
     NARROW,
     PLOT_HEIGHT,
-    SERIES_COLOURS,
+    SERIES_COLORS,
     Drawing,
     Taken,
     add,
@@ -24,7 +24,7 @@ from loraloom.report.drawing import (
     width_of,
 )
 from loraloom.report.model import Bars, Event, Heatmap, Lines, Scatter
-from loraloom.report.scale import COLOUR_STEPS, Axis, cell_decimals, colour_range, colour_step, linear_axis, log_axis
+from loraloom.report.scale import COLOR_STEPS, Axis, cell_decimals, color_range, color_step, linear_axis, log_axis
 from loraloom.text import amounts, fixed, number
 
 Attributes = dict[str, Any]
@@ -45,7 +45,7 @@ def draw_lines(figure: Lines) -> Drawing:
     for i, series in enumerate(figure.series):
         last = next((y for _, y in reversed(series.pairs) if y is not None), None)
         if last is not None:
-            ends.append((height_of(y_axis, last, height), series.name, f"s{i % SERIES_COLOURS}"))
+            ends.append((height_of(y_axis, last, height), series.name, f"s{i % SERIES_COLORS}"))
     lines = [(height_of(y_axis, y, height), label, "muted") for label, y in figure.references.items()]
     if len(ends) == 1 and not lines and ends[0][1] == figure.y_label:
         ends = []  # the axis says it
@@ -59,43 +59,43 @@ def draw_lines(figure: Lines) -> Drawing:
         add(svg, "line", x1=at, x2=at, y1=0, y2=height, cls="event")
     inner = stretched(svg, height)
     for i, series in enumerate(figure.series):
-        colour = f"s{i % SERIES_COLOURS}"
-        dashed = " dashed" if i >= SERIES_COLOURS else ""
+        color = f"s{i % SERIES_COLORS}"
+        dashed = " dashed" if i >= SERIES_COLORS else ""
         pairs = zip(series.x, series.y, strict=True)
         points = [(x_axis.share(x), None if y is None else height_of(y_axis, y, height)) for x, y in pairs]
-        add(inner, "path", d=path_of(thinned(points)), cls=f"curve {colour}{dashed}")
+        add(inner, "path", d=path_of(thinned(points)), cls=f"curve {color}{dashed}")
         if len(points) <= FEW_POINTS:
             for share, top in points:
                 if top is not None:
-                    add(svg, "circle", cx=percent(share), cy=top, r=3, cls=colour)
+                    add(svg, "circle", cx=percent(share), cy=top, r=3, cls=color)
         for x, y in series.points:
             cy = height_of(y_axis, y, height)
-            add(svg, "circle", cx=percent(x_axis.share(x)), cy=cy, r=3.5, cls=f"ring {colour}")
-    for y, label, colour in apart(ends + lines, height):
-        add(svg, "text", cut(label), x="100%", y=y, dx=8, dy=".32em", cls=f"label {colour}")
+            add(svg, "circle", cx=percent(x_axis.share(x)), cy=cy, r=3.5, cls=f"ring {color}")
+    for y, label, color in apart(ends + lines, height):
+        add(svg, "text", cut(label), x="100%", y=y, dx=8, dy=".32em", cls=f"label {color}")
     _event_names(svg, figure.events, x_axis, height)
     return drawn
 
 
 def draw_scatter(figure: Scatter) -> Drawing:
-    """Points with their names, a colour for each group, joined in their order where they are steps of one sweep."""
+    """Points with their names, a color for each group, joined in their order where they are steps of one sweep."""
     groups = list(dict.fromkeys(point.group for point in figure.points))
     x_axis = _fitting([point.x for point in figure.points], tight=False)
     y_axis = linear_axis([point.y for point in figure.points])
     drawn = _plot(figure.x_label, figure.y_label, x_axis, y_axis, PLOT_HEIGHT, [])
-    colours = {group: f"s{i % SERIES_COLOURS}" for i, group in enumerate(groups)}
+    colors = {group: f"s{i % SERIES_COLORS}" for i, group in enumerate(groups)}
     places = [(x_axis.share(p.x), height_of(y_axis, p.y), p) for p in figure.points]
     if figure.connected:
         inner = stretched(drawn.svg, PLOT_HEIGHT)
         for group in groups:
             path = path_of([(x, y) for x, y, point in places if point.group == group])
-            add(inner, "path", d=path, cls=f"curve {colours[group]}")
+            add(inner, "path", d=path, cls=f"curve {colors[group]}")
     taken = Taken()
     for x, y, _ in places:  # a label may not lie on a point
         taken.block(x * NARROW - 4, x * NARROW + 4, y - 4, y + 4)
     for x, y, point in places:
-        colour = colours[point.group]
-        add(drawn.svg, "circle", cx=percent(x), cy=y, r=4.5, cls=colour)
+        color = colors[point.group]
+        add(drawn.svg, "circle", cx=percent(x), cy=y, r=4.5, cls=color)
         width = width_of(point.label)
         room = width / 2 / NARROW
         anchor, start = ("start", 0.0) if x < room else ("end", -width) if x > 1 - room else ("middle", -width / 2)
@@ -106,7 +106,7 @@ def draw_scatter(figure: Scatter) -> Drawing:
     if len(groups) > 1:
         legend = add(drawn.svg, "g", cls="legend")
         for i, group in enumerate(groups):
-            add(legend, "circle", cx=5, cy=PLOT_HEIGHT + 58 + i * LABEL_GAP, r=4.5, cls=colours[group])
+            add(legend, "circle", cx=5, cy=PLOT_HEIGHT + 58 + i * LABEL_GAP, r=4.5, cls=colors[group])
             add(legend, "text", group, x=16, y=PLOT_HEIGHT + 62 + i * LABEL_GAP, cls="small")
         return _with_bottom(drawn, drawn.bottom + 10 + LABEL_GAP * len(groups))
     return drawn
@@ -156,10 +156,10 @@ def draw_bars(figure: Bars) -> Drawing:
 
 
 def draw_heatmap(figure: Heatmap) -> Drawing:
-    """Coloured cells with their values where there is room, row names at the left, and the colours' legend below."""
+    """Colored cells with their values where there is room, row names at the left, and the colors' legend below."""
     columns, rows = len(figure.columns), len(figure.rows)
     height = 24 if rows <= 40 else 16
-    low, high = colour_range(figure)
+    low, high = color_range(figure)
     places = cell_decimals(figure)
     ramp = "d" if figure.signed else "q"
     names = [cut(name, 24) for name in figure.columns]
@@ -193,7 +193,7 @@ def draw_heatmap(figure: Heatmap) -> Drawing:
                 add(cells, "rect", **place, cls="cell none")
                 add(cells, "text", "·", **written, cls="on")
                 continue
-            step = colour_step(value, low, high)
+            step = color_step(value, low, high)
             rect = add(cells, "rect", **place, cls=f"cell {ramp}{step}")
             if rows * columns <= 800:
                 add(rect, "title", f"{name}, {figure.columns[j]}: {number(value)}")
@@ -209,7 +209,7 @@ def _legend(svg: ET.Element, figure: Heatmap, top: float, ramp: str, low: float,
         add(group, "text", f"every cell: {number(low)} {figure.unit}", x="0", y=top + 10, cls="small")
         return
     add(group, "text", figure.unit, x="0", y=top + 8, cls="small")
-    for step in range(COLOUR_STEPS):
+    for step in range(COLOR_STEPS):
         add(group, "rect", x=step * 16, y=top + 16, width=16.5, height=10, cls=f"{ramp}{step}")
     for x, anchor, text in ((0, "start", number(low, digits=3)), (176, "end", number(high, digits=3))):
         add(group, "text", text, x=x, y=top + 41, text_anchor=anchor, cls="small")

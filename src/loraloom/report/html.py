@@ -74,7 +74,7 @@ def _css() -> str:
 
 
 def _rules(palette: Palette) -> str:
-    return " ".join(f"--{name}: {colour};" for name, colour in variables(palette).items())
+    return " ".join(f"--{name}: {color};" for name, color in variables(palette).items())
 
 
 def _part(section: Section, name: str) -> _Part:

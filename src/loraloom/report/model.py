@@ -80,7 +80,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A matrix as colours; shape of values: (rows, columns)."""
+    """A matrix as colors; shape of values: (rows, columns)."""
 
     row_label: str
     column_label: str
@@ -89,13 +89,13 @@ class Heatmap:
     values: list[list[float | None]]
     """None where there is nothing, such as a module that a layer does not have."""
     unit: str = ""
-    """What the colours measure: "gate", "‖ΔW‖ / ‖W‖"."""
+    """What the colors measure: "gate", "‖ΔW‖ / ‖W‖"."""
     signed: bool = False
-    """Colours on both sides of zero, for values whose sign matters."""
+    """Colors on both sides of zero, for values whose sign matters."""
     low: float | None = None
-    """Value of the first colour; default: the smallest value (signed: minus the largest magnitude)."""
+    """Value of the first color; default: the smallest value (signed: minus the largest magnitude)."""
     high: float | None = None
-    """Value of the last colour; default: the largest value (signed: the largest magnitude)."""
+    """Value of the last color; default: the largest value (signed: the largest magnitude)."""
     kind: str = "heatmap"
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class Point:
     x: float
     y: float
     group: str = ""
-    """Points of a group share a colour, and a line if they are connected."""
+    """Points of a group share a color, and a line if they are connected."""
 
 
 @dataclass(frozen=True)

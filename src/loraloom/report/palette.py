@@ -1,4 +1,4 @@
-"""The colours of a report, for light and dark pages, chosen to stay apart for colour-blind readers too.
+"""The colors of a report, for light and dark pages, chosen to stay apart for color-blind readers too.
 
 Series are Okabe and Ito's hues, darkened on light paper and lightened on dark. Both ramps have equal steps of lightness
 (OKLab), so they also read in grey: magnitudes from paper to ink, signed values from blue over paper to orange.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Palette:
-    """One mode of the page; `sequential` and `diverging` have `scale.COLOUR_STEPS` colours."""
+    """One mode of the page; `sequential` and `diverging` have `scale.COLOR_STEPS` colors."""
 
     paper: str
     raised: str
@@ -56,29 +56,29 @@ DARK = Palette(
 DARK_TEXT, LIGHT_TEXT = "#14181b", "#ffffff"
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of "#rrggbb" (WCAG 2.2), 0 to 1."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colours (WCAG 2.2), 1 to 21."""
+    """Contrast ratio of two colors (WCAG 2.2), 1 to 21."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
-def text_on(colour: str) -> str:
-    """The text colour that reads better on `colour`."""
-    return max((DARK_TEXT, LIGHT_TEXT), key=lambda text: contrast(text, colour))
+def text_on(color: str) -> str:
+    """The text color that reads better on `color`."""
+    return max((DARK_TEXT, LIGHT_TEXT), key=lambda text: contrast(text, color))
 
 
 def variables(palette: Palette) -> dict[str, str]:
     """The palette as CSS custom properties, names without their dashes; `q3-ink` is the text on `q3`."""
     named = {name: getattr(palette, name) for name in ("paper", "raised", "ink", "muted", "rule")}
-    for prefix, colours in (("s", palette.series), ("q", palette.sequential), ("d", palette.diverging)):
-        named |= {f"{prefix}{i}": colour for i, colour in enumerate(colours)}
-    for prefix, colours in (("q", palette.sequential), ("d", palette.diverging)):
-        named |= {f"{prefix}{i}-ink": text_on(colour) for i, colour in enumerate(colours)}
+    for prefix, colors in (("s", palette.series), ("q", palette.sequential), ("d", palette.diverging)):
+        named |= {f"{prefix}{i}": color for i, color in enumerate(colors)}
+    for prefix, colors in (("q", palette.sequential), ("d", palette.diverging)):
+        named |= {f"{prefix}{i}-ink": text_on(color) for i, color in enumerate(colors)}
     return named

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loraloom.report.model import Heatmap
 from loraloom.text import decimals
 
-COLOUR_STEPS = 11
+COLOR_STEPS = 11
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def log_axis(values: Sequence[float]) -> Axis:
     return Axis(start, end, [tick for tick in candidates if start <= tick <= end], log=True)
 
 
-def colour_step(value: float, low: float, high: float) -> int:
-    """Which of the `COLOUR_STEPS` colours from `low` to `high` a value has; all equal is the middle one."""
+def color_step(value: float, low: float, high: float) -> int:
+    """Which of the `COLOR_STEPS` colors from `low` to `high` a value has; all equal is the middle one."""
     if low == high:
-        return COLOUR_STEPS // 2
+        return COLOR_STEPS // 2
     share = min(max((value - low) / (high - low), 0.0), 1.0)
-    return min(int(share * COLOUR_STEPS), COLOUR_STEPS - 1)
+    return min(int(share * COLOR_STEPS), COLOR_STEPS - 1)
 
 
-def colour_range(figure: Heatmap) -> tuple[float, float]:
-    """The values of the first and the last colour."""
+def color_range(figure: Heatmap) -> tuple[float, float]:
+    """The values of the first and the last color."""
     values = [value for row in figure.values for value in row if value is not None] or [0.0]
     largest = max(abs(value) for value in values)
     low = figure.low if figure.low is not None else (-largest if figure.signed else min(values))

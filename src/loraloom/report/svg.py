@@ -1,7 +1,7 @@
 """The one renderer of figures. A drawing becomes an element of the page, or a picture of its own for a PNG.
 
 There is no viewBox around a figure of the page: the plot area is as wide as the page allows, and text keeps its size on
-a phone and a wide screen, without a script. The rules for colours and text are figure.css.
+a phone and a wide screen, without a script. The rules for colors and text are figure.css.
 """
 
 import re
@@ -51,7 +51,7 @@ def inline_svg(figure: Figure, title: str, name: str) -> str:
 
 
 def standalone_svg(figure: Figure, title: str) -> str:
-    """The figure as a picture of its own: on light paper, with its title, colours as plain values."""
+    """The figure as a picture of its own: on light paper, with its title, colors as plain values."""
     drawn = draw(figure)
     width = drawn.left + PLOT_WIDTH + drawn.right + 2 * PADDING
     height = TITLE + drawn.top + drawn.height + drawn.bottom + 2 * PADDING
@@ -73,7 +73,7 @@ def standalone_svg(figure: Figure, title: str) -> str:
 
 
 def figure_css() -> str:
-    """The rules of every figure; one class per colour: `s0` is a series' fill and stroke, `q3` a cell's fill."""
+    """The rules of every figure; one class per color: `s0` is a series' fill and stroke, `q3` a cell's fill."""
     rules = [(Path(__file__).parent / "figure.css").read_text(encoding="utf-8").rstrip()]
     for name in variables(LIGHT):
         if name[0] in "qd" and name[1].isdigit():

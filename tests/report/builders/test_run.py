@@ -94,7 +94,7 @@ def test_gates_by_layer_and_over_time():
     assert len(over_time.columns) <= 24
     assert over_time.values[1][0] == 0.9
     assert over_time.values[1][-1] == 0.0
-    assert not over_time.signed  # a trace below zero is not worth half of the colours
+    assert not over_time.signed  # a trace below zero is not worth half of the colors
     negative = dataclasses.replace(SELECTION, history=[{"step": 1, "gates": [1.0, -1.0, 0.0]}])
     assert figures(run_report(result(), RunConfig(), "c", [], selection=negative))["Gates over time"].signed
 

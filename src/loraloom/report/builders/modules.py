@@ -16,7 +16,7 @@ def by_layer(values: Mapping[str, float | None], unit: str, **options: Any) -> H
 
     Args:
         values: module name to amount; not finite counts as missing.
-        unit: what the colours measure.
+        unit: what the colors measure.
         options: `signed`, `low` and `high` of `Heatmap`.
     """
     places = {name: place(name) for name in values}

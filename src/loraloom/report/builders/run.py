@@ -233,7 +233,7 @@ def _events(selection: "SelectionLog | None") -> list[Event]:
 
 
 def _range(gates: Iterable[float]) -> dict[str, Any]:
-    """Colours on both sides of zero only if a gate is below it by more than a trace; else they begin at zero."""
+    """Colors on both sides of zero only if a gate is below it by more than a trace; else they begin at zero."""
     gates = [*gates]
     return {"signed": True} if -min(gates) > 0.05 * max(map(abs, gates)) else {"low": 0.0}
 
