@@ -1,9 +1,13 @@
 """The table of parts: each name and key is one thing's, and layers have the parts that it says."""
 
+import ast
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import loraloom
 from loraloom.update.parts import LOOM, LORA, NAMES, PARTS
 from tests.tuner.support import ALL_PARTS, FLOAT_KINDS, make_base, with_adapter
 
@@ -30,3 +34,27 @@ def test_a_layer_has_the_parts_that_its_configuration_says(kind, start):
         part = next(part for part in PARTS if part.loom == name.split(".")[-3])
         assert parameter.shape == part.shape(*shapes)
         assert parameter.requires_grad == part.trainable
+
+
+def spelled(path):
+    """(line, key) of every state key in a string of a file that is no docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs)
+    keys = {key for part in PARTS for key in part.keys}
+    for node in strings:
+        if isinstance(node.value, str):
+            yield from ((node.lineno, word) for word in re.findall(r"\w+", node.value) if word in keys)
+
+
+def test_no_other_file_spells_a_state_key():
+    """Groups of the optimizer have names of their own, two of which are those of PEFT's keys."""
+    source = Path(loraloom.__file__).parent
+    found = {
+        f"{path.relative_to(source)}:{line} {key}"
+        for path in source.rglob("*.py")
+        if path != source / "update" / "parts.py"
+        for line, key in spelled(path)
+        if not (path.parent == source / "optim" and key in ("lora_A", "lora_B"))
+    }
+    assert found == set()

@@ -31,6 +31,7 @@ from loraloom.errors import InputError, RunFailedError
 from loraloom.io.stream import save_tensors
 from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import best_approximation, factored_svd, truncate
+from loraloom.update.parts import LORA, LORA_EMBEDDING
 
 # Target -> the programs of serving.yaml that must take the result.
 TARGETS = {
@@ -218,15 +219,15 @@ class ExportPlan:
             tensors |= self._named(modules[name], A.to(self.dtype), B.to(self.dtype))
             if with_bias:
                 bias = modules[name].bias()
-                tensors[f"{PREFIX}{name}.lora_B.bias"] = (
+                tensors[f"{PREFIX}{name}.{LORA['bias']}"] = (
                     torch.zeros(B.shape[0], dtype=self.dtype) if bias is None else bias.to(self.dtype)
                 )
         for name in self.completed:
             A, B = (factor.to(self.dtype) for factor in self.zeros(name))
-            tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+            tensors |= {f"{PREFIX}{name}.{LORA['A']}.weight": A, f"{PREFIX}{name}.{LORA['B']}.weight": B}
         for twin, table in self.twins.items():
             A, B = (factor.to(self.dtype) for factor in self.factors[table])
-            tensors |= {f"{PREFIX}{twin}.lora_A.weight": B.T, f"{PREFIX}{twin}.lora_B.weight": A.T}
+            tensors |= {f"{PREFIX}{twin}.{LORA['A']}.weight": B.T, f"{PREFIX}{twin}.{LORA['B']}.weight": A.T}
         tensors |= {key: tensor for key, tensor in self.adapter.other_tensors() if key in self.others}
         save_tensors(folder / WEIGHTS, tensors)
         config = self._config(with_bias)
@@ -236,15 +237,15 @@ class ExportPlan:
         """The factors in the shapes and under the names of PEFT's LoRA."""
         key, ones = f"{PREFIX}{module.name}", [1] * len(module.kernel)
         if module.embedding:
-            named = {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}
+            named = {f"{key}.{LORA_EMBEDDING['A']}": A, f"{key}.{LORA_EMBEDDING['B']}": B}
         else:
             named = {
-                f"{key}.lora_A.weight": A.reshape(-1, *module.shapes()["A"][1:]),
-                f"{key}.lora_B.weight": B.reshape(*B.shape, *ones),
+                f"{key}.{LORA['A']}.weight": A.reshape(-1, *module.shapes()["A"][1:]),
+                f"{key}.{LORA['B']}.weight": B.reshape(*B.shape, *ones),
             }
         magnitude = module.magnitude()
         if magnitude is not None and not self.approximates(module):
-            named[f"{key}.lora_magnitude_vector"] = magnitude.reshape(1, -1, *ones) if ones else magnitude
+            named[f"{key}.{LORA['magnitude']}"] = magnitude.reshape(1, -1, *ones) if ones else magnitude
         return named
 
     def _config(self, with_bias: bool) -> dict[str, Any]:
