@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from loraloom import LoomConfig
 from loraloom.adapter import base as base_module
@@ -18,6 +18,7 @@ from loraloom.adapter.base import as_matrix, as_weight, base_key, stored_transpo
 from loraloom.adapter.open import open_adapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import open_checkpoint
+from tests.models import gpt2
 
 LINEAR = ["q_proj", "down_proj", "embed_tokens"]
 CONFIGS = {
@@ -108,9 +109,8 @@ def test_lora_bias_and_other_tensors(pico_llama_dir, tmp_path):
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("make", [peft.LoraConfig, LoomConfig])
 def test_square_conv1d_is_known_for_what_it_is(tmp_path, make, fan_in_fan_out):
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
     config = make(r=2, target_modules=["c_proj"], fan_in_fan_out=True)
-    model = saved(gpt2, config, tmp_path)
+    model = saved(gpt2(), config, tmp_path)
     stored = open_adapter(tmp_path)
     stored.config["fan_in_fan_out"] = fan_in_fan_out  # PEFT leaves what the last layer set
     layer = model.base_model.model.transformer.h[0].attn.c_proj
