@@ -98,7 +98,9 @@ def reduce_stored_intruders(
     assert adapter.base is not None
     check_room(adapter)
     check_apart(Path(out), [adapter.path, adapter.base.checkpoint.path])
-    tensors = dict(adapter.checkpoint.tensors(adapter.others))
+    # What PEFT saves again of modules_to_save stays; of a tied table, whose update changes, one copy is enough.
+    again = [key for key in adapter.twice if ".modules_to_save." in key or ".original_module." in key]
+    tensors = dict(adapter.checkpoint.tensors([*adapter.others, *again]))
     found: list[LayerIntruders] = []
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
