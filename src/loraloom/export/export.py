@@ -6,6 +6,7 @@ approximation of the rank asked for (Eckart and Young, 1936). What was written i
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from loraloom.adapter.peft_features import changed_base
 from loraloom.adapter.protocol import Adapter
 from loraloom.adapter.serving import features, serving_data, serving_rows
 from loraloom.adapter.stored import StoredAdapter
-from loraloom.card import write_card
+from loraloom.card import Card, write_card
 from loraloom.errors import InputError, RunFailedError
 from loraloom.export.card import export_card
 from loraloom.export.plan import TARGETS, ExportPlan
@@ -48,6 +49,7 @@ def export_adapter(
     dtype: str = "float32",
     progress: Progress = silent,
     command: str = "",
+    card: Callable[[Card, ExportReport], Card] | None = None,
 ) -> ExportReport:
     """Writes an adapter as a plain LoRA, reads it back, and compares every module's update with the original.
 
@@ -64,6 +66,7 @@ def export_adapter(
         dtype: of the written factors. float32 keeps what folding the scale computes; 16 bits round it once more.
         progress: is told of the modules folded, then of those compared.
         command: what was typed, for the model card.
+        card: what a verb that exports what it made says in place of export's own card.
 
     Raises:
         InputError: the target cannot hold the adapter, or only with a larger error than allowed, or a file is broken.
@@ -86,7 +89,8 @@ def export_adapter(
                 f"{report.worst.error:.1%}, {report.worst.module}), more than {ALLOWED_LOSS:.0%}: give a larger "
                 "--rank, or --allow-lossy, or use loraloom merge, which is exact"
             )
-        write_card(export_card(report, source, serving_rows(folder, out), command), folder)
+        own = export_card(report, source, serving_rows(folder, out), command)
+        write_card(own if card is None else card(own, report), folder)
     return report
 
 

@@ -1,0 +1,1 @@
+"""A LoRA out of two checkpoints."""

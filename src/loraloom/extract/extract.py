@@ -1,0 +1,190 @@
+"""``extract``: the LoRA that is nearest to what full fine-tuning did, from the two checkpoints.
+
+One weight at a time: ``W_tuned - W_base`` is formed, approximated (Eckart and Young, 1936) and let go.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.adapter.base import CONV1D_MODELS, CONV1D_NAMES, looks_like_embedding
+from loraloom.adapter.made import MadeAdapter, MadeModule
+from loraloom.card import Card
+from loraloom.errors import InputError, RunFailedError
+from loraloom.export.export import ExportReport, export_adapter
+from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
+from loraloom.io.files import check_apart
+from loraloom.update.lowrank import best_approximation
+from loraloom.update.terms import compute_dtype
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What the LoRA holds of the difference, and what it cannot hold."""
+
+    path: str
+    """The new folder."""
+    rank: int
+    errors: dict[str, float]
+    """Module -> ||D - B A|| / ||D||, Frobenius norms, D = W_tuned - W_base."""
+    norms: dict[str, float]
+    """Module -> ||D|| / ||W_base||."""
+    unchanged: int
+    """Weights that are equal in both checkpoints."""
+    left_out: dict[str, float]
+    """Tensor that differs and is in no LoRA of linear layers (embeddings, norms, biases) -> ||D|| / ||W_base||."""
+    error: float
+    """||D - B A|| / ||D|| over all modules together."""
+
+    @property
+    def worst(self) -> str:
+        """The module with the largest error."""
+        return max(self.errors, key=lambda module: self.errors[module])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def extract_adapter(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    rank: int = 16,
+    *,
+    overwrite: bool = False,
+    dtype: str = "float32",
+    command: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ExtractReport:
+    """Writes the plain LoRA nearest to the difference of two checkpoints of one architecture.
+
+    Args:
+        base: folder or hub repository of the model before.
+        tuned: of the model after.
+        out: the new folder; it appears when everything is written, read back and compared.
+        rank: of every module; a module that changed by less gets its own rank.
+        overwrite: replace `out`.
+        dtype: of the factors: float32, bfloat16 or float16.
+        command: what was typed, for the model card.
+        progress: called with what is done, how many weights are done, and of how many.
+
+    Raises:
+        InputError: a file is missing or broken, a weight is quantised or has another shape, tensors that only one of
+            the checkpoints has.
+        RunFailedError: no linear layer differs.
+    """
+    if rank < 1:
+        raise InputError(f"rank={rank} must be a positive integer", code="rank")
+    folders = [locate(base), locate(tuned)]
+    before, after = (open_checkpoint(folder) for folder in folders)
+    config = read_json(folders[0] / "config.json") if (folders[0] / "config.json").is_file() else {}
+    check_apart(Path(out), folders)
+    _check_same(before, after)
+    differences = _Differences(before, after, config)
+    modules: dict[str, MadeModule] = {}
+    errors: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    left_out: dict[str, float] = {}
+    unchanged, squares = 0, [0.0, 0.0]
+
+    keys = [key for file in before.files for key in before.files[file]]
+    for i, key in enumerate(keys):
+        D, length = differences(key)
+        norm = float(torch.linalg.vector_norm(D))
+        if not norm:
+            unchanged += 1
+        elif differences.is_linear(key):
+            module = key.removesuffix(".weight")
+            A, B = best_approximation(D.flatten(1), rank)
+            lost = float(torch.linalg.vector_norm(torch.addmm(D.flatten(1), B, A, alpha=-1)))
+            errors[module], norms[module] = lost / norm, norm / length if length else math.inf
+            squares[0], squares[1] = squares[0] + lost**2, squares[1] + norm**2
+            kernel = tuple(D.shape[1:]) if D.dim() > 2 else ()
+            modules[module] = MadeModule(module, lambda factors=(A, B): factors, kernel)  # type: ignore[misc]
+        else:
+            left_out[key] = norm / length if length else math.inf
+        if progress is not None:
+            progress("Comparing", i + 1, len(keys))
+    if not modules:
+        raise RunFailedError(
+            f"no linear layer of {folders[1]} differs from {folders[0]}: there is nothing to extract", code="zero"
+        )
+    settings = {"base_model_name_or_path": str(base), "fan_in_fan_out": config.get("model_type") in CONV1D_MODELS}
+    if str(config.get("architectures", [""])[0]).endswith("ForCausalLM"):
+        settings["task_type"] = "CAUSAL_LM"
+    digest = hashlib.sha256(json.dumps([str(folder) for folder in folders]).encode()).hexdigest()
+    made = MadeAdapter(folders[1].name, modules, settings, digest)
+    error = math.sqrt(squares[0] / squares[1])
+
+    def card(original: Card, report: ExportReport) -> Card:
+        facts = {
+            "share of the difference that the rank loses, all modules": f"{error:.1e}",
+            "largest of a module": f"{max(errors.values()):.1e}",
+        }
+        if left_out:
+            facts["tensors that differ and are not in it"] = f"{len(left_out)} ({', '.join([*left_out][:3])}, ...)"
+        return replace(
+            original,
+            title=f"{folders[1].name} as a LoRA",
+            summary=f"What separates `{folders[1].name}` from `{folders[0].name}`, as a plain LoRA of rank {rank}.",
+            facts=facts,
+        )
+
+    export_adapter(made, "peft", out, overwrite=overwrite, dtype=dtype, command=command, card=card)
+    return ExtractReport(str(out), rank, errors, norms, unchanged, left_out, error)
+
+
+class _Differences:
+    def __init__(self, before: Checkpoint, after: Checkpoint, config: dict[str, Any]) -> None:
+        self.before, self.after = before, after
+        self.conv1d = config.get("model_type") in CONV1D_MODELS
+
+    def __call__(self, key: str) -> tuple[Tensor, float]:
+        """``W_tuned - W_base`` in at least float32, linear ones as (out, in, ...), and ``||W_base||``."""
+        W, tuned = self.before.tensor(key), self.after.tensor(key)
+        if not (W.is_floating_point() and tuned.is_floating_point()):
+            return (tuned.double() - W.double(), float(W.double().norm()))
+        if not (W.isfinite().all() and tuned.isfinite().all()):
+            raise InputError(f"{key} holds NaN or infinity in one of the checkpoints", code="not-finite")
+        dtype = compute_dtype(W, tuned)
+        D = tuned.to(dtype).sub_(W.to(dtype))
+        transposed = self.conv1d and key.split(".")[-2:-1] and key.split(".")[-2] in CONV1D_NAMES and D.dim() == 2
+        return (D.T if transposed else D), float(torch.linalg.vector_norm(W, dtype=dtype))
+
+    def is_linear(self, key: str) -> bool:
+        """Whether a LoRA of linear layers and convolutions can hold the tensor's update."""
+        shape = self.before.shape(key)
+        return key.endswith(".weight") and len(shape) >= 2 and not looks_like_embedding(key.removesuffix(".weight"))
+
+
+def _check_same(before: Checkpoint, after: Checkpoint) -> None:
+    only = sorted({*before} ^ {*after})
+    if only:
+        where = before.path if only[0] in before else after.path
+        raise InputError(
+            f"{only[0]} and {len(only) - 1} more tensors are in {where} alone: expected two checkpoints of one model",
+            code="different-models",
+        )
+    for key in before:
+        if before.shape(key) != after.shape(key):
+            raise InputError(
+                f"{key} is {before.shape(key)} in {before.path} and {after.shape(key)} in {after.path}: extract the "
+                "LoRA of a model whose vocabulary was not resized",
+                code="shape",
+            )
+        for checkpoint in (before, after):
+            dtype = checkpoint.dtype(key)
+            if dtype.itemsize == 1 and len(checkpoint.shape(key)) > 1:
+                raise InputError(
+                    f"{key} is stored as {dtype} in {checkpoint.path}, quantised: give the original weights",
+                    code="quantized",
+                )
