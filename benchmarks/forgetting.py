@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from loraloom.errors import RunFailedError
+from loraloom import RunFailedError
 from loraloom.report import Lines, Series
 from loraloom.report.png import picture
 from loraloom.training.config import RunConfig

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loraloom.optim import APOLLO, Fira, GaLore, state_bytes
+from loraloom import APOLLO, Fira, GaLore, state_bytes
 from loraloom.optim.galore.bases import project, sides_of, subspace_bases, svd_bases
 from loraloom.training.model import model_path
 from loraloom.training.stdlib_docstrings import stdlib_docstrings

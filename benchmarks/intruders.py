@@ -33,8 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from loraloom.intruders.live import find_intruders, reduce_intruders, sweep
-from loraloom.intruders.solvers.basis import BasisCache
+from loraloom import BasisCache, find_intruders, reduce_intruders, sweep_intruders
 
 RANK, SCALE = 16, 0.75
 COLUMNS = ("peft", "cold", "cached", "basis", "scale", "cold / peft", "cached / peft")
@@ -81,7 +80,9 @@ def measure(width: int, rounds: int, clock: Callable[[], float]) -> dict[str, An
 
     def scales(model: PeftModel) -> list[float]:
         stamps = [clock()]
-        sweep(model, "default", [0.9, 0.8, 0.7], lambda _: stamps.append(clock()) or {}, scope="all", rank="keep")
+        sweep_intruders(
+            model, "default", [0.9, 0.8, 0.7], lambda _: stamps.append(clock()) or {}, scope="all", rank="keep"
+        )
         return stamps
 
     lines: list[str] = []

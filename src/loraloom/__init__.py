@@ -12,17 +12,19 @@ import wrapt
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    # adapters that train
     "LoomConfig": "loraloom.tuner.config",
     "LoomModel": "loraloom.tuner.model",
-    "open_adapter": "loraloom.adapter.open",
-    "inspect_adapter": "loraloom.adapter.inspect",
-    "export_adapter": "loraloom.export.export",
-    "compose": "loraloom.composition",
-    "to_lora": "loraloom.composition",
-    "merge_checkpoint": "loraloom.merge.merge",
-    "find_intruders": "loraloom.intruders.live",
-    "reduce_intruders": "loraloom.intruders.live",
     "load_lora": "loraloom.tuner.lora",
+    "speed_up": "loraloom.tuner.speed_up",
+    "slow_down": "loraloom.tuner.speed_up",
+    # compositions
+    "compose": "loraloom.composition",
+    "learned_weights": "loraloom.composition",
+    "format_weights": "loraloom.composition",
+    "penalty": "loraloom.composition",
+    "to_lora": "loraloom.composition",
+    # optimizers
     "GaLore": "loraloom.optim",
     "Fira": "loraloom.optim",
     "APOLLO": "loraloom.optim",
@@ -37,13 +39,30 @@ _EXPORTS = {
     "format_galore": "loraloom.optim",
     "format_param_groups": "loraloom.optim",
     "trainer_optimizer": "loraloom.optim",
+    "state_bytes": "loraloom.optim",
+    # WeightLoRA's selection
     "AdapterSelection": "loraloom.selection",
     "SelectionCallback": "loraloom.selection",
     "HalveAndDouble": "loraloom.selection",
     "FillBudget": "loraloom.selection",
     "format_selection": "loraloom.selection",
-    "speed_up": "loraloom.tuner.speed_up",
-    "slow_down": "loraloom.tuner.speed_up",
+    # adapters and models on disk
+    "open_adapter": "loraloom.adapter.open",
+    "inspect_adapter": "loraloom.adapter.inspect",
+    "export_adapter": "loraloom.export.export",
+    "merge_checkpoint": "loraloom.merge.merge",
+    "combine_adapters": "loraloom.combine.combine",
+    "shrink_adapter": "loraloom.shrink.shrink",
+    "extract_adapter": "loraloom.extract.extract",
+    # intruder dimensions
+    "find_intruders": "loraloom.intruders.live",
+    "reduce_intruders": "loraloom.intruders.live",
+    "sweep_intruders": "loraloom.intruders.live",
+    "merge_with_reduced_intruders": "loraloom.intruders.live",
+    "BasisCache": "loraloom.intruders.solvers.basis",
+    # errors
+    "InputError": "loraloom.errors",
+    "RunFailedError": "loraloom.errors",
 }
 __all__ = [*_EXPORTS]
 

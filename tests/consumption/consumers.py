@@ -205,9 +205,7 @@ def intruders_memory(case: Case) -> str:
 
 
 def intruders_merged(case: Case) -> str:
-    model, _ = ours.merge_and_unload_with_reduced_intruders(
-        case.live(), "default", SCALE, "all", top_k=TOP_K, epsilon=EPSILON
-    )
+    model, _ = ours.merge_with_reduced_intruders(case.live(), "default", SCALE, "all", top_k=TOP_K, epsilon=EPSILON)
     return near(logits(model), case.truth.mitigated_logits, TOLERANCE_OF_VECTORS)
 
 

@@ -5,7 +5,7 @@ from loraloom.adapter.inspect import inspect_adapter
 from loraloom.composition.to_lora import to_lora
 from loraloom.errors import LoraloomError
 from loraloom.export.export import export_adapter
-from loraloom.intruders.live import find_intruders, merge_and_unload_with_reduced_intruders, reduce_intruders
+from loraloom.intruders.live import find_intruders, merge_with_reduced_intruders, reduce_intruders
 from loraloom.intruders.stored import find_stored_intruders, reduce_stored_intruders
 from loraloom.merge.merge import merge_checkpoint
 from loraloom.optim import WeightAdam, build_optimizer
@@ -23,8 +23,8 @@ __all__ = [
     "find_intruders",
     "find_stored_intruders",
     "inspect_adapter",
-    "merge_and_unload_with_reduced_intruders",
     "merge_checkpoint",
+    "merge_with_reduced_intruders",
     "reduce_intruders",
     "reduce_stored_intruders",
     "speed_up",

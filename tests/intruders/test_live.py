@@ -12,9 +12,9 @@ from rich.console import Console
 from loraloom.adapter.live import LiveAdapter
 from loraloom.intruders.live import (
     find_intruders,
-    merge_and_unload_with_reduced_intruders,
+    merge_with_reduced_intruders,
     reduce_intruders,
-    sweep,
+    sweep_intruders,
 )
 from loraloom.intruders.solvers.basis import BasisCache
 from loraloom.tuner.quantized import prevent_cpu_repacking
@@ -197,7 +197,7 @@ def test_a_chosen_rank_and_its_error(make, rank):
 def test_merging(make, kind):
     model = make(kind)
     _, target = expected(model, 0.5, "all")
-    merged, report = merge_and_unload_with_reduced_intruders(model, scale=0.5, scope="all", **OPTIONS)
+    merged, report = merge_with_reduced_intruders(model, scale=0.5, scope="all", **OPTIONS)
     assert report.count > 0
     weight = merged.target.weight
     weight = weight.T if kind in ("conv1d", "embedding") else weight.flatten(1)
@@ -212,7 +212,7 @@ def test_merging_into_a_quantised_base(kind, how):
     model = lora_adapted(kind)
     _W, target = expected(model, 0.5, "all")
     kind_of_layer = type(model.base_model.model.target.base_layer)
-    merged, _ = merge_and_unload_with_reduced_intruders(model, scale=0.5, scope="all", quantized=how, **OPTIONS)
+    merged, _ = merge_with_reduced_intruders(model, scale=0.5, scope="all", quantized=how, **OPTIONS)
     x = torch.randn(3, 64)
     wanted = x.double() @ target.T + merged.target.bias.double()
     error = float((merged(x).double() - wanted).norm() / wanted.norm())
@@ -227,7 +227,7 @@ def test_merging_into_a_quantised_base(kind, how):
 
 def test_a_quantised_base_needs_a_choice():
     with pytest.raises(ValueError, match="quantized=None"):
-        merge_and_unload_with_reduced_intruders(lora_adapted("nf4"))
+        merge_with_reduced_intruders(lora_adapted("nf4"))
 
 
 def test_a_sweep_evaluates_every_scale_and_leaves_the_model_as_it_was():
@@ -241,7 +241,7 @@ def test_a_sweep_evaluates_every_scale_and_leaves_the_model_as_it_was():
         seen.append(m(x).detach())
         return {"mean": seen[-1].mean().item()}
 
-    report = sweep(model, "default", [1, 0.5, 0.0], evaluate, scope="all", **OPTIONS)
+    report = sweep_intruders(model, "default", [1, 0.5, 0.0], evaluate, scope="all", **OPTIONS)
     assert torch.equal(seen[0], output)
     assert [point.scale for point in report.points] == [1, 0.5, 0.0]
     assert same(before, state(model))
@@ -263,7 +263,7 @@ def test_a_sweep_that_fails_leaves_the_model_as_it_was():
         raise RuntimeError("no data")
 
     with pytest.raises(RuntimeError, match="no data"):
-        sweep(model, "default", [0.5], evaluate, **OPTIONS)
+        sweep_intruders(model, "default", [0.5], evaluate, **OPTIONS)
     assert list(model.peft_config) == ["default"]
     assert model.active_adapters == ["default"]
 

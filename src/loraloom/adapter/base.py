@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _EMBEDDING = re.compile(r".*embed\w*|wte|wpe")
 # transformers' Conv1D stores (in, out). A square one looks like a Linear on disk, so these are known by name.
 CONV1D_MODELS = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
-_CONV1D_NAMES = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+CONV1D_NAMES = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 
 
 class BaseWeights:
@@ -120,7 +120,7 @@ def stored_transposed(module: str, update: tuple[int, int], weight: tuple[int, .
     fits, fits_transposed = flat == update, len(weight) == 2 and flat[::-1] == update
     if fits and fits_transposed:
         if base.get("model_type") in CONV1D_MODELS:
-            return module.rpartition(".")[2] in _CONV1D_NAMES
+            return module.rpartition(".")[2] in CONV1D_NAMES
         return bool(adapter.get("fan_in_fan_out"))
     if not (fits or fits_transposed):
         raise InputError(

@@ -25,6 +25,9 @@ VERBS = {
     "recipes": "list the experiments of the papers as RUN.yaml, or copy one",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
     "intruders": "find the directions of an adapter that are new to its base, and scale them down",
+    "combine": "make one plain LoRA of several adapters without training: sums, TIES, DARE, core space",
+    "shrink": "write an adapter with smaller ranks, chosen by what they lose",
+    "extract": "write the LoRA that is nearest to the difference of two checkpoints",
     "export": "write an adapter as a plain LoRA that PEFT, vLLM, SGLang or llama.cpp loads",
     "merge": "merge adapters into a base model on disk, in little memory, and verify the result",
 }

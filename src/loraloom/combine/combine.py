@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from loraloom.card import Card
 from loraloom.errors import InputError
 from loraloom.export.export import ExportReport, export_adapter
 from loraloom.io.files import check_apart
+from loraloom.progress import Progress, silent
 from loraloom.update.combine import Method, combine
 
 
@@ -57,7 +58,7 @@ def combine_adapters(
     overwrite: bool = False,
     dtype: str = "float32",
     command: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> CombineReport:
     """Combines adapters of PEFT's LoRA or of loraloom into one plain LoRA, in a new folder.
 
@@ -76,7 +77,7 @@ def combine_adapters(
         overwrite: replace `out`.
         dtype: of the factors: float32, bfloat16 or float16.
         command: what was typed, for the model card.
-        progress: called with what is done, how many modules are done, and of how many.
+        progress: is told of the modules combined, then of those compared.
 
     Raises:
         InputError: a member is broken, or holds more than low-rank updates (DoRA, biases, trained heads or tokens);
@@ -122,8 +123,6 @@ def combine_adapters(
                 density=density,
                 names=[f"{adapters[i].sha256} {name}" for i, _ in own],
             )
-            if progress is not None:
-                progress("Combining", len(errors), len(names))
             return A, B
 
         channels = first.shapes()["A"][1:] if first.kernel else ()
@@ -146,7 +145,7 @@ def combine_adapters(
             facts=facts,
         )
 
-    export_adapter(made, "peft", out, overwrite=overwrite, dtype=dtype, command=command, card=card)
+    export_adapter(made, "peft", out, overwrite=overwrite, dtype=dtype, command=command, card=card, progress=progress)
     return CombineReport(
         path=str(out),
         method=method,

@@ -6,7 +6,6 @@ One weight at a time: ``W_tuned - W_base`` is formed, approximated (Eckart and Y
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from loraloom.errors import InputError, RunFailedError
 from loraloom.export.export import ExportReport, export_adapter
 from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
 from loraloom.io.files import check_apart
+from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import best_approximation
 from loraloom.update.terms import compute_dtype
 
@@ -63,7 +63,7 @@ def extract_adapter(
     overwrite: bool = False,
     dtype: str = "float32",
     command: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> ExtractReport:
     """Writes the plain LoRA nearest to the difference of two checkpoints of one architecture.
 
@@ -75,7 +75,7 @@ def extract_adapter(
         overwrite: replace `out`.
         dtype: of the factors: float32, bfloat16 or float16.
         command: what was typed, for the model card.
-        progress: called with what is done, how many weights are done, and of how many.
+        progress: is told of the weights subtracted, then of the modules written and compared.
 
     Raises:
         InputError: a file is missing or broken, a weight is quantised or has another shape, tensors that only one of
@@ -97,7 +97,7 @@ def extract_adapter(
     unchanged, squares = 0, [0.0, 0.0]
 
     keys = [key for file in before.files for key in before.files[file]]
-    for i, key in enumerate(keys):
+    for key in tracked(keys, "Subtracting", progress):
         D, length = differences(key)
         norm = float(torch.linalg.vector_norm(D))
         if not norm:
@@ -112,8 +112,6 @@ def extract_adapter(
             modules[module] = MadeModule(module, lambda factors=(A, B): factors, kernel)  # type: ignore[misc]
         else:
             left_out[key] = norm / length if length else math.inf
-        if progress is not None:
-            progress("Comparing", i + 1, len(keys))
     if not modules:
         raise RunFailedError(
             f"no linear layer of {folders[1]} differs from {folders[0]}: there is nothing to extract", code="zero"
@@ -139,7 +137,7 @@ def extract_adapter(
             facts=facts,
         )
 
-    export_adapter(made, "peft", out, overwrite=overwrite, dtype=dtype, command=command, card=card)
+    export_adapter(made, "peft", out, overwrite=overwrite, dtype=dtype, command=command, card=card, progress=progress)
     return ExtractReport(str(out), rank, errors, norms, unchanged, left_out, error)
 
 

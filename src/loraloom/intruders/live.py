@@ -106,7 +106,7 @@ def reduce_intruders(
     return replace(found, scale=scale, scope=scope, rank=rank, errors=errors)
 
 
-def merge_and_unload_with_reduced_intruders(
+def merge_with_reduced_intruders(
     model: PeftModel,
     adapter: str = "default",
     scale: float = 0.75,
@@ -153,7 +153,7 @@ def merge_and_unload_with_reduced_intruders(
     return merged, report
 
 
-def sweep(
+def sweep_intruders(
     model: PeftModel,
     adapter: str,
     scales: Iterable[float],

@@ -1,7 +1,6 @@
 """``shrink``: an adapter with smaller ranks, chosen by what each singular value of its updates is worth."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from loraloom.card import Card
 from loraloom.errors import InputError
 from loraloom.export.export import ExportReport, export_adapter
 from loraloom.io.files import check_apart
+from loraloom.progress import Progress, silent, tracked
 from loraloom.update.allocate import ranks_for_energy, ranks_for_parameters
 from loraloom.update.lowrank import factored_svd, truncate
 
@@ -55,7 +55,7 @@ def shrink_adapter(
     overwrite: bool = False,
     dtype: str = "float32",
     command: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> ShrinkReport:
     """Writes a plain LoRA with the best approximation of every update at a smaller rank (Eckart and Young, 1936).
 
@@ -71,7 +71,7 @@ def shrink_adapter(
         overwrite: replace `out`.
         dtype: of the factors: float32, bfloat16 or float16.
         command: what was typed, for the model card.
-        progress: called with what is done, how many modules are done, and of how many.
+        progress: is told of the modules decomposed, written and compared.
 
     Raises:
         InputError: not exactly one of rank, energy and parameters, or out of range; the adapter is broken or has DoRA
@@ -88,11 +88,9 @@ def shrink_adapter(
     check_no_magnitude(source.modules, str(source.path), "shrink")
     check_apart(Path(out), [source.path])
     factors, spectra = {}, {}
-    for i, (name, module) in enumerate(source.modules.items()):
+    for name, module in tracked(source.modules.items(), "Decomposing", progress):
         factors[name] = module.factors()
         spectra[name] = factored_svd(*(factor.double() for factor in factors[name]))[1]
-        if progress is not None:
-            progress("Decomposing", i + 1, len(source.modules))
     costs = {name: sum(module.shape) for name, module in source.modules.items()}
     try:
         if parameters is not None:
@@ -135,7 +133,7 @@ def shrink_adapter(
             },
         )
 
-    export_adapter(made, "peft", out, overwrite=overwrite, dtype=dtype, command=command, card=card)
+    export_adapter(made, "peft", out, overwrite=overwrite, dtype=dtype, command=command, card=card, progress=progress)
     before = {name: module.rank for name, module in source.modules.items()}
     after = {name: module.rank for name, module in modules.items()}
     return ShrinkReport(

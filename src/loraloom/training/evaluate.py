@@ -61,7 +61,7 @@ def sweep_saved(folder: Path, scales: Sequence[float], **options: Any) -> "Sweep
     Raises:
         InputError: as :func:`evaluate_saved`; or the run trained no adapter.
     """
-    from loraloom.intruders.live import sweep
+    from loraloom.intruders.live import sweep_intruders
 
     config = finished_run(folder)
     if config.method.name in METHODS_WITHOUT_ADAPTER:
@@ -76,7 +76,7 @@ def sweep_saved(folder: Path, scales: Sequence[float], **options: Any) -> "Sweep
         return dict(sorted(metrics.items(), key=lambda item: not item[0].endswith(first)))
 
     model: Any = loaded.trainer.model
-    return sweep(model, "default", scales, measure, **options)
+    return sweep_intruders(model, "default", scales, measure, **options)
 
 
 def finished_run(folder: Path) -> RunConfig:
