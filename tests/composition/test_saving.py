@@ -154,13 +154,13 @@ def take_out_a_member_and_its_ranks(composition):
     ("edit", "message"),
     [
         (take_out_a_member, "ranks for 3 members, but there are 2"),
-        (take_out_a_member_and_its_ranks, "size mismatch"),
-        (lambda c: c["ranks"]["plain"].__setitem__(0, 1), "size mismatch"),
+        (take_out_a_member_and_its_ranks, "have another size"),
+        (lambda c: c["ranks"]["plain"].__setitem__(0, 1), "have another size"),
         (lambda c: c["biased"].clear(), "loom_member_bias"),
         (lambda c: c.update(wings=2), "wings"),
         (lambda c: c.pop("ranks"), "ranks is missing"),
         (lambda c: c.update(constraint="sigmoid"), "sigmoid"),
-        (lambda c: c["ranks"].pop("plain"), "no place"),
+        (lambda c: c["ranks"].pop("plain"), "have no module here"),
         (lambda c: c["ranks"].update({"layers.7": [1, 1, 1]}), r"layers\.7.*another base model"),
     ],
 )
