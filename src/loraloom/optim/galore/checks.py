@@ -1,6 +1,6 @@
 """What GaLore, Fira and APOLLO refuse: arguments that exclude each other, and weights that they can't project."""
 
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -9,11 +9,19 @@ from torch.distributed.tensor import DTensor
 from loraloom.errors import InputError
 from loraloom.optim.options import Side
 
-if TYPE_CHECKING:
-    from loraloom.optim.galore.engine import ProjectedOptimizer
+
+class Checked(Protocol):
+    """What the checks read of an optimizer."""
+
+    needs_gradient: ClassVar[bool]
+    process_group: Any
+    max_grad_norm: float | None
+
+    @property
+    def layerwise(self) -> bool: ...
 
 
-def check_arguments(optimizer: "ProjectedOptimizer", weight_decay: float) -> None:
+def check_arguments(optimizer: Checked, weight_decay: float) -> None:
     """Refuse arguments that are out of range, or that exclude each other.
 
     Raises:
@@ -41,7 +49,7 @@ def check_arguments(optimizer: "ProjectedOptimizer", weight_decay: float) -> Non
         )
 
 
-def check_weight(optimizer: "ProjectedOptimizer", weight: Tensor, side: Side) -> None:
+def check_weight(optimizer: Checked, weight: Tensor, side: Side) -> None:
     """Refuse a weight that the method can't project.
 
     Raises:

@@ -10,7 +10,7 @@ The basis is renewed from the first micro-batch's gradient of a step, because th
 """
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +18,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from loraloom.optim.galore.compact import Slot
 
-if TYPE_CHECKING:
-    from loraloom.optim.galore.engine import ProjectedOptimizer
-
 # The hook of each weight. A second optimizer over the same model would find no gradient if the first one's stayed.
 _hooks = WeakTensorKeyDictionary()
 
 
-def project_during_backward(optimizer: "ProjectedOptimizer", slot: Slot) -> None:
+class Receiver(Protocol):
+    """What takes the gradients."""
+
+    def receive(self, slot: Slot, gradient: Tensor) -> None: ...
+
+
+def project_during_backward(optimizer: Receiver, slot: Slot) -> None:
     """Have the optimizer receive and free a weight's gradient as soon as it is there, until another takes over."""
     reference = weakref.ref(optimizer)
 
