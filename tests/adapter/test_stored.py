@@ -135,7 +135,7 @@ def test_every_model_with_conv1d_is_known():
             types = set(re.findall(r'model_type = "([^"]+)"', configuration))
             assert types & base_module.CONV1D_MODELS, f"{file.name} uses Conv1D"
     assert names
-    assert names <= base_module._CONV1D_NAMES
+    assert names <= base_module.CONV1D_NAMES
 
 
 def test_a_base_saved_with_or_without_its_prefix(tmp_path):

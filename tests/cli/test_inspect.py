@@ -27,8 +27,9 @@ def test_the_page_has_everything(adapter, pico_llama_dir, capsys):
     assert "warning: 2 of 4 updates are zero" in out
     assert "3 of 4 layers" in out
     assert out.count("B is zero") == 2  # the broken ones come first
-    for server in ("PEFT", "vLLM", "SGLang", "llama.cpp"):
+    for server in ("PEFT", "vLLM", "llama.cpp"):
         assert f"{server}: ok" in out
+    assert "SGLang: rejected" in out  # it stacks q, k and v, and the adapter has q alone
 
 
 def test_all_layers(adapter, capsys):
