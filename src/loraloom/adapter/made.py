@@ -4,6 +4,7 @@ What `combine`, `shrink` and `extract` make, for :mod:`loraloom.export` to write
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -88,6 +89,21 @@ class MadeAdapter(Adapter):
 
     def other_tensors(self) -> Iterator[tuple[str, Tensor]]:
         return iter(()) if self._beside is None else self._beside.other_tensors()
+
+
+class MadeReport:
+    """What the reports of the verbs that make adapters share; they are dataclasses with ``errors`` by module."""
+
+    errors: dict[str, float]
+
+    @property
+    def worst(self) -> str:
+        """The module with the largest error."""
+        return max(self.errors, key=lambda module: self.errors[module])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)  # type: ignore[call-overload]  # every report is a dataclass
 
 
 def check_no_magnitude(modules: Mapping[str, AdaptedModule], where: str, verb: str) -> None:

@@ -3,13 +3,13 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraloom.adapter.made import MadeAdapter, MadeModule, check_no_magnitude
+from loraloom.adapter.made import MadeAdapter, MadeModule, MadeReport, check_no_magnitude
 from loraloom.adapter.open import open_stored
 from loraloom.adapter.stored import PREFIX, StoredAdapter
 from loraloom.card import Card
@@ -21,7 +21,7 @@ from loraloom.update.combine import Method, combine
 
 
 @dataclass(frozen=True)
-class CombineReport:
+class CombineReport(MadeReport):
     """What was combined, and what the rank cost."""
 
     path: str
@@ -35,15 +35,6 @@ class CombineReport:
     """Module -> ||D - D'|| / ||D||, where D is what the method asks for; 0 where it is exact."""
     missing: dict[str, list[str]]
     """Member -> modules that only other members adapt; its update there is 0."""
-
-    @property
-    def worst(self) -> str:
-        """The module with the largest error."""
-        return max(self.errors, key=lambda module: self.errors[module])
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ One weight at a time: ``W_tuned - W_base`` is formed, approximated (Eckart and Y
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapter.base import CONV1D_MODELS, CONV1D_NAMES, looks_like_embedding
-from loraloom.adapter.made import MadeAdapter, MadeModule
+from loraloom.adapter.made import MadeAdapter, MadeModule, MadeReport
 from loraloom.card import Card
 from loraloom.errors import InputError, RunFailedError
 from loraloom.export.export import ExportReport, export_adapter
@@ -26,7 +26,7 @@ from loraloom.update.terms import compute_dtype
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(MadeReport):
     """What the LoRA holds of the difference, and what it cannot hold."""
 
     path: str
@@ -42,15 +42,6 @@ class ExtractReport:
     """Tensor that differs and is in no LoRA of linear layers (embeddings, norms, biases) -> ||D|| / ||W_base||."""
     error: float
     """||D - B A|| / ||D|| over all modules together."""
-
-    @property
-    def worst(self) -> str:
-        """The module with the largest error."""
-        return max(self.errors, key=lambda module: self.errors[module])
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
 
 
 @torch.no_grad()

@@ -1,13 +1,12 @@
 """``shrink``: an adapter with smaller ranks, chosen by what each singular value of its updates is worth."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from loraloom.adapter.made import MadeAdapter, MadeModule, check_no_magnitude
+from loraloom.adapter.made import MadeAdapter, MadeModule, MadeReport, check_no_magnitude
 from loraloom.adapter.open import open_stored
 from loraloom.adapter.protocol import AdaptedModule
 from loraloom.card import Card
@@ -20,7 +19,7 @@ from loraloom.update.lowrank import factored_svd, truncate
 
 
 @dataclass(frozen=True)
-class ShrinkReport:
+class ShrinkReport(MadeReport):
     """The ranks before and after, and what they lose."""
 
     path: str
@@ -33,15 +32,6 @@ class ShrinkReport:
     """Of the factors, before and after."""
     error: float
     """||D - D'|| / ||D|| over all modules together."""
-
-    @property
-    def worst(self) -> str:
-        """The module with the largest error."""
-        return max(self.errors, key=lambda module: self.errors[module])
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
 
 
 @torch.no_grad()
