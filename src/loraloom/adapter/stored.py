@@ -73,7 +73,8 @@ class StoredModule(AdaptedModule):
         composition = self._adapter.composition
         if composition is None or self.name not in composition.ranks:
             raise InputError(
-                f"{self._adapter.path / CONFIG} does not say which members {self.name} has: compose the adapter again"
+                f"{self._adapter.path / CONFIG} does not say which members {self.name} has: compose the adapter again",
+                code="members",
             )
         return LayerComposition(composition, self.name)
 

@@ -32,9 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     options, overrides = split_overrides(arguments)
     command: Compare = parse("compare", Compare, options)
     if command.file is None:
-        raise InputError("compare needs a COMPARE.yaml; see loraloom compare --help")
+        raise InputError("compare needs a COMPARE.yaml; see loraloom compare --help", code="usage")
     if command.jobs < 1:
-        raise InputError(f"--jobs {command.jobs}: expected 1 or more")
+        raise InputError(f"--jobs {command.jobs}: expected 1 or more", code="out-of-range")
     from loraloom.training.compare import RESULT, compare, load_plan
     from loraloom.training.compare.display import cost_table, quality_table
     from loraloom.training.compare.verdict import verdict
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         comparison = compare(plan, jobs=command.jobs, console=console)
     except RunInterruptedError as error:
         again = shlex.join(["loraloom", "compare", *arguments])
-        raise RunInterruptedError(f"{error}; go on with: {again}") from None
+        raise RunInterruptedError(f"{error}; go on with: {again}", code="interrupted") from None
     console.print(quality_table(comparison), cost_table(comparison))
     console.print(verdict(comparison), highlight=False, soft_wrap=True, markup=False)
     for note in comparison.notes:

@@ -51,11 +51,11 @@ def main(arguments: Sequence[str]) -> None:
     """Find, write or compare, and show or print the result."""
     command: Intruders = parse("intruders", Intruders, arguments)
     if command.adapter is None:
-        raise InputError("intruders needs the folder of an adapter")
+        raise InputError("intruders needs the folder of an adapter", code="usage")
     if command.out is not None and command.sweep is not None:
-        raise InputError("--out writes one scale, --sweep compares several: choose one of them")
+        raise InputError("--out writes one scale, --sweep compares several: choose one of them", code="exclusive")
     if command.push is not None and command.out is None:
-        raise InputError("--push uploads what --out writes: give both")
+        raise InputError("--push uploads what --out writes: give both", code="usage")
     typed = shlex.join(["loraloom", "intruders", *arguments])
     scales = None if command.sweep is None else _scales(command.sweep)
     console = command.console()
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
             found = _find(command, typed, console)
             result = found.to_dict()
     except ValueError as error:  # of an option, from the library
-        raise InputError(str(error)) from error
+        raise InputError(str(error), code="intruders") from error
     console.print(found.table())
     console.print(_summary(found), highlight=False, soft_wrap=True)
     if scales is not None:
@@ -147,7 +147,9 @@ def _scales(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError:
-        raise InputError(f"--sweep {text}: expected numbers with commas between them, such as 0.5,0.7,0.9") from None
+        raise InputError(
+            f"--sweep {text}: expected numbers with commas between them, such as 0.5,0.7,0.9", code="option-value"
+        ) from None
 
 
 def _summary(found: "IntruderReport") -> str:

@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in rest
     try:
         if verb not in VERBS:
-            raise InputError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} See loraloom --help")
+            raise InputError(
+                f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} See loraloom --help", code="unknown-verb"
+            )
         importlib.import_module(f"loraloom.cli.{verb}").main([word for word in rest if word != "--debug"])
     except InputError as error:
         return _report(str(error), 2, debug)

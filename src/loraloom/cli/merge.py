@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     """Merge, verify if asked to, and show or print what came out."""
     command: Merge = parse("merge", Merge, arguments)
     if not command.adapters or command.base is None or command.out is None:
-        raise InputError("merge needs an adapter, --base MODEL and --out FOLDER")
+        raise InputError("merge needs an adapter, --base MODEL and --out FOLDER", code="usage")
     console = command.console()
     with console.status("Loading PyTorch"):
         from loraloom.merge.merge import merge_checkpoint, verified

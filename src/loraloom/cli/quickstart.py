@@ -87,7 +87,8 @@ def main(arguments: Sequence[str]) -> None:
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if numbers["reloaded"] != numbers["fine_tuned"]:
         raise RunFailedError(
-            f"the reloaded adapter has accuracy {numbers['reloaded']:.4f}, in training {numbers['fine_tuned']:.4f}"
+            f"the reloaded adapter has accuracy {numbers['reloaded']:.4f}, in training {numbers['fine_tuned']:.4f}",
+            code="not-verified",
         )
     show_end(numbers, command.folder, console)
     from loraloom.report.builders import report_of_run
@@ -137,7 +138,7 @@ def evaluate_in_fresh_process(folder: str) -> dict[str, float]:
     command = [sys.executable, "-m", "loraloom.cli.main", "evaluate", folder, "--json", "--quiet"]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
-        raise RunFailedError(f"reloading {folder} failed: {outcome.stderr.strip()}")
+        raise RunFailedError(f"reloading {folder} failed: {outcome.stderr.strip()}", code="not-verified")
     return json.loads(outcome.stdout)
 
 

@@ -110,7 +110,7 @@ def merged_blocks(target: Target, base: Checkpoint, change: Change) -> Iterator[
         exact = _sum([(edit.edit.weight, edit.rows(W, start, stop)) for edit in edits], W)
         rounded = exact.to(target.dtype)
         if not torch.isfinite(rounded).all() and (W is None or torch.isfinite(W).all()):
-            raise RunFailedError(_not_finite(target, exact))
+            raise RunFailedError(_not_finite(target, exact), code="not-finite")
         if W is not None:
             change.add(W, exact, rounded)
         yield rounded

@@ -138,16 +138,16 @@ def peak_memory() -> int:
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not count:
-        raise InputError("no adapter given; expected at least one")
+        raise InputError("no adapter given; expected at least one", code="adapters")
     factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(factors) != count:
-        raise InputError(f"{len(factors)} weights for {count} adapters; expected one for each")
+        raise InputError(f"{len(factors)} weights for {count} adapters; expected one for each", code="weights")
     return factors
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
-        raise InputError(f"dtype {name!r}; expected one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {name!r}; expected one of {', '.join(DTYPES)}", code="dtype")
     return None if name is None else DTYPES[name]
 
 
@@ -156,20 +156,22 @@ def _open_base(folder: Path, config: dict[str, Any], base_precision: str, adapte
     method = quantisation(config, base)
     names = dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters)
     if base_precision not in ("original", "dequantised"):
-        raise InputError(f"base_precision {base_precision!r}; expected original or dequantised")
+        raise InputError(f"base_precision {base_precision!r}; expected original or dequantised", code="unknown-choice")
     if method is None and base_precision == "dequantised":
-        raise InputError(f"{folder} is not quantised: leave out --base-precision dequantised")
+        raise InputError(f"{folder} is not quantised: leave out --base-precision dequantised", code="not-quantized")
     if method is None:
         return base
     if method != "bitsandbytes":
         raise InputError(
             f"{folder} is quantised by {method}, which cannot be merged into: give --base the model in its original "
-            f"precision (the adapter was trained on {', '.join(names)})"
+            f"precision (the adapter was trained on {', '.join(names)})",
+            code="quantized",
         )
     if base_precision == "original":
         raise InputError(
             f"{folder} is quantised by bitsandbytes: give --base the model in its original precision, or pass "
-            "--base-precision dequantised to merge into what the quantised weights stand for"
+            "--base-precision dequantised to merge into what the quantised weights stand for",
+            code="quantized",
         )
     return DequantisedCheckpoint(folder, list(base.files))
 
@@ -195,7 +197,8 @@ def _check_space(out: Path, plan: Plan, copies: dict[str, Path]) -> None:
     if needed > free:
         raise InputError(
             f"the merged model needs {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB left: free some, or "
-            "choose a folder on another disk"
+            "choose a folder on another disk",
+            code="disk-full",
         )
 
 

@@ -125,7 +125,9 @@ class _Edits:
             shape, update = self.shape_of(key, own.get(key)), adapter.modules[module].shape
             transposed = stored_transposed(module, update, shape, dict(self.config), adapter.config)
             if key in own and own[key].module is not None:
-                raise InputError(f"{adapter.path}: {own[key].module} and {module} are both {key} of the base")
+                raise InputError(
+                    f"{adapter.path}: {own[key].module} and {module} are both {key} of the base", code="duplicate"
+                )
             edit(key, module=module, transposed=transposed)
             if found is not None and f"{module}.weight".endswith(f".{found}"):
                 self.prefix = f"{module}.weight".removesuffix(found)
@@ -184,7 +186,8 @@ def _token_indices(adapter: StoredAdapter, name: str, module: str) -> tuple[int,
     if len(given) != adapter.checkpoint.shape(name)[0]:
         raise InputError(
             f"{adapter.path}: {name} has {adapter.checkpoint.shape(name)[0]} rows, "
-            f"trainable_token_indices names {len(given)} for {module}: save the adapter again"
+            f"trainable_token_indices names {len(given)} for {module}: save the adapter again",
+            code="shape",
         )
     return tuple(given)
 
@@ -208,7 +211,8 @@ def _share_or_untie(edits: _Edits, table: VocabularyTable, plan: Plan) -> None:
     if head is None:
         raise InputError(
             f"{alone[0].adapter.path} changes {table.embedding}, which this model also uses as its output head, under "
-            "a name that is not known here: train with ensure_weight_tying=True, or merge with PEFT's merge_and_unload"
+            "a name that is not known here: train with ensure_weight_tying=True, or merge with PEFT's merge_and_unload",
+            code="tied",
         )
     by_adapter = {id(edit.adapter): edit for edit in shared if edit.replacement or edit.tokens}
     for edit in of_head:
@@ -258,7 +262,8 @@ def _check_shapes(edits: _Edits) -> None:
             if len(made) > 1 or made[0].weight != 1:
                 raise InputError(
                     f"{made[0].adapter.path} {other} {key}, which cannot be weighted or added to that of another "
-                    "adapter: merge it alone with weight 1"
+                    "adapter: merge it alone with weight 1",
+                    code="more-than-low-rank",
                 )
 
 

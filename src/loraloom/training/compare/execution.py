@@ -98,7 +98,9 @@ class Executor:
                         time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             done = sum(outcome.result is not None for outcome in self.outcomes.values())
-            raise RunInterruptedError(f"stopped with {done} of {self.total} runs finished") from None
+            raise RunInterruptedError(
+                f"stopped with {done} of {self.total} runs finished", code="interrupted"
+            ) from None
         finally:
             self._stop()
         outcomes = [self.outcomes[run.folder] for run in wanted]
@@ -195,6 +197,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"output.dir {str(folder)!r}: another comparison, or a run of one, works there") from None
+            raise InputError(
+                f"output.dir {str(folder)!r}: another comparison, or a run of one, works there", code="folder-in-use"
+            ) from None
         os.set_inheritable(file.fileno(), True)
         yield
