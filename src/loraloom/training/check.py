@@ -8,6 +8,7 @@ from loraloom.errors import InputError
 from loraloom.optim.options import ProjectionOptions
 from loraloom.optim.registry import OPTIMIZERS
 from loraloom.training.annotations import matches
+from loraloom.training.builtin import SMOLLM2, is_encoder
 from loraloom.training.config import (
     CLASSIFICATION,
     COMPOSITION,
@@ -50,9 +51,10 @@ def check_combinations(config: RunConfig) -> None:
                 f"{', '.join(TASKS_WITH_HEAD)}",
                 code="no-meaning",
             )
-        if model.name == "builtin:minilm":
+        if is_encoder(model.name):
             raise InputError(
-                f"model.name 'builtin:minilm' is an encoder: name a language model for model.task {model.task!r}",
+                f"model.name {model.name!r} is an encoder: name a language model for model.task {model.task!r}, such "
+                f"as {SMOLLM2}",
                 code="unknown-choice",
             )
     for key, owner in {"output_dir": "output.dir", "resume_from_checkpoint": "--resume"}.items():

@@ -42,7 +42,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 @dataclass
 class ModelSection:
     name: str = "builtin:minilm"
-    """Hub id, local directory, or `builtin:minilm`: the 22M-parameter encoder of the extra `quickstart`."""
+    """Hub id, local directory, or a model that comes as a package: `builtin:minilm`, the 22M-parameter encoder of the
+    extra `quickstart`, or `builtin:smollm2`, SmolLM2-135M-Instruct, of the extra `quickstart-llm`."""
     task: Task = "text-classification"
     """`text-classification` (single texts, or pairs with data.text_pair_column), `multi-label`, `text-regression`,
     `token-classification` and `image-classification` put a head on an encoder; `seq2seq-lm` writes a text from a text;
@@ -57,7 +58,7 @@ class ModelSection:
 class DataSection:
     path: str = "stdlib-docstrings"
     """Local .jsonl, .json, .csv, .tsv, .txt or .parquet file, hub data set, folder of images in a folder per label, or
-    the built-in `stdlib-docstrings`."""
+    built in: `stdlib-docstrings` (text and label), and the same as `stdlib-questions` (prompt and completion)."""
     test_path: str | None = None
     """File with the test set. Default: the data set's own test split (or its validation split, where the test labels
     are hidden or missing), else `test_fraction` of `path`."""
