@@ -210,15 +210,10 @@ def one_seed(judge: Judge, data: Data, store: Store, seed: int) -> None:
         store.keep({"stage": "test", "arm": arm, "seed": seed, **chosen, **judge.task(data.test)})
 
 
-def table(path: Path) -> list[str]:
-    """Retention at equal task accuracy, and the task's, in Markdown, from the study's rows."""
+def table(path: Path, key: str) -> list[str]:
+    """Retention (`key` "retained") at equal task accuracy, or the task's ("right"), in Markdown, from the rows."""
     rows = [row for row in read_rows(path) if row["stage"] == "test"]
-    arms = [UNTRAINED, *STRENGTHS]
-    baselines = ("as it is", "rewinding")
-    return [
-        *("Retention:", "", *arm_table(rows, arms, baselines, key="retained"), ""),
-        *("The task:", "", *arm_table(rows, arms, baselines)),
-    ]
+    return arm_table(rows, [UNTRAINED, *STRENGTHS], ("as it is", "rewinding"), key=key)
 
 
 def main() -> None:
@@ -229,7 +224,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="ROWS", help="print the tables of a finished file and stop")
     arguments = parser.parse_args()
     if arguments.table:
-        print(*table(arguments.table), sep="\n")
+        for key in ("retained", "right"):
+            print(f"{key}:", *table(arguments.table, key), "", sep="\n")
         return
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()

@@ -21,7 +21,7 @@ from loraloom.provenance import installed_versions
 from loraloom.training.compare.statistics import paired_test
 
 Row = dict[str, Any]
-DRAWS = 4000
+DRAWS, LEAST_SEEDS = 4000, 5
 
 
 class Store:
@@ -90,10 +90,9 @@ class Effect:
     """The mean of an arm, or of its paired difference to another arm."""
 
     mean: float
-    low: float
-    high: float
-    """Ends of the 95% interval: percentiles of the bootstrap that draws seeds, and in each group test items, anew. It
-    speaks of other seeds and other test items, not of other groups."""
+    interval: tuple[float, float] | None
+    """95%: percentiles of the bootstrap that draws seeds, and in each group test items, anew. It speaks of other seeds
+    and other test items, not of other groups. None below `LEAST_SEEDS` seeds where the test items are not known."""
     p: float | None
     """Of the exact sign-flip test over the pairs; None for a mean, and where there are too many pairs."""
     pairs: int
@@ -129,10 +128,12 @@ def effect(
     if other is not None:
         x, y = (np.concatenate([part.mean(1) for part in parts]).tolist() for parts in (own, other))
         p = paired_test(x, y).p_sign_flip
-    means = _bootstrap(values)
-    low, high = np.quantile(means, (0.025, 0.975))
+    interval = None
+    if len(seeds) >= LEAST_SEEDS or values[0].shape[1] > 1:
+        low, high = np.quantile(_bootstrap(values), (0.025, 0.975))
+        interval = float(low), float(high)
     mean = float(np.mean([part.mean() for part in values]))
-    return Effect(mean, float(low), float(high), p, len(groups) * len(seeds), len(seeds))
+    return Effect(mean, interval, p, len(groups) * len(seeds), len(seeds))
 
 
 def _cells(rows: Sequence[Row], arm: str, group: str, key: str) -> dict[tuple[Any, int], np.ndarray]:
@@ -158,17 +159,19 @@ def _bootstrap(values: Sequence[np.ndarray]) -> np.ndarray:
     return total / len(values)
 
 
-def shown_mean(found: Effect | None, digits: int = 3) -> str:
+def shown_mean(found: Effect | None) -> str:
     """``0.812 [0.790, 0.833]``; empty without runs."""
-    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]" if found else ""
+    if found is None:
+        return ""
+    return f"{found.mean:.3f}" + (" [{:.3f}, {:.3f}]".format(*found.interval) if found.interval else "")
 
 
-def shown_difference(found: Effect | None, digits: int = 3) -> str:
+def shown_difference(found: Effect | None) -> str:
     """``+0.012 [+0.004, +0.020], p 0.031``; empty without pairs."""
     if found is None:
         return ""
-    p = "" if found.p is None else f", p {found.p:.2g}"
-    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]{p}"
+    interval = " [{:+.3f}, {:+.3f}]".format(*found.interval) if found.interval else ""
+    return f"{found.mean:+.3f}{interval}" + ("" if found.p is None else f", p {found.p:.2g}")
 
 
 def arm_table(
