@@ -154,7 +154,7 @@ def answers_in_fresh_process(folder: Path, prompts: list[str]) -> list[str]:
     command += ["--json", "--quiet", "--max-new-tokens", str(TOKENS)]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
-        raise RunFailedError(f"reloading {folder} failed: {outcome.stderr.strip()}")
+        raise RunFailedError(f"reloading {folder} failed: {outcome.stderr.strip()}", code="not-verified")
     return [json.loads(line)["text"] for line in outcome.stdout.splitlines()]
 
 
