@@ -43,8 +43,7 @@ def adapted_linear(
         dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
 
     Returns:
-        (..., out) in the dtype of the base layer's output. Differentiable with respect to every tensor but norm; where
-        dtypes differ, with dropout, and with a magnitude on many tokens, once.
+        (..., out) in the dtype of the base layer's output. Differentiable with respect to every tensor but norm.
     """
     uniform = x.dtype is term.A.dtype and not dropout and autocast_dtype(x.device.type) is None
     few = magnitude is None or x.numel() <= _FEW_TOKENS * x.shape[-1]

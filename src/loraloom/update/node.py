@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from loraloom.update import split
+from loraloom.update import split, twice
 from loraloom.update.terms import autocast_dtype
 
 # Where base and adapter differ in dtype and the device cannot split factors (see split.py), the work goes through
@@ -89,12 +88,12 @@ class AdaptedLinear(torch.autograd.Function):
         return cast(Tensor, _output(node, x, A, B, M, gate, None, node.map if W is None else W, None, kept)[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
+        backward = _backward_twice if torch.is_grad_enabled() else _backward  # create_graph=True
         if autocast_dtype(grad.device.type) is None:
-            return _backward(ctx, grad)
+            return backward(ctx, grad)
         with torch.autocast(grad.device.type, enabled=False):  # dtypes are settled here, as they were in forward
-            return _backward(ctx, grad)
+            return backward(ctx, grad)
 
 
 def _output(
@@ -169,6 +168,29 @@ def _backward(ctx: Any, g: Tensor) -> tuple:
         (g.t() @ x.to(g.dtype)).to(W.dtype) if needs_W else None,
         g.sum(0, dtype=_accumulator(g.dtype)) if needs_bias else None,
     )
+
+
+def _backward_twice(ctx: Any, g: Tensor) -> tuple:
+    """As _backward, by operations that can be differentiated again."""
+    x, A, B, M, gate, W, kept, *_ = ctx.saved_tensors
+    needs_x, needs_A, needs_B, needs_M, needs_gate, _, _, needs_out, needs_W, needs_bias = ctx.needs_input_grad
+    dropped = None
+    if ctx.dropout:
+        mask = _masks(ctx, x.device, kept)
+        whole = g.dtype == ctx.dtype == x.dtype  # drawn as in the forward pass
+        dropped = torch.cat([mask(rows) for rows in x.detach().split(len(x) if whole else _BLOCK_ROWS)])
+    matrix = ctx.map.matrix() if ctx.map is not None else W
+    found = twice.gradients(
+        g,
+        {"x": x, "A": A, "B": B, "M": M, "gate": gate, "W": matrix},
+        {"x": needs_x, "A": needs_A, "B": needs_B, "M": needs_M, "gate": needs_gate, "W": needs_W},
+        scaling=ctx.scaling,
+        dropped=dropped,
+        dtype=ctx.dtype,
+    )
+    factors = (found.get(name) for name in ("x", "A", "B", "M", "gate"))
+    db = g.sum(0, dtype=_accumulator(g.dtype)) if needs_bias else None
+    return *factors, None, None, g if needs_out else None, found.get("W"), db
 
 
 def _add_update(z: Tensor, x: Tensor, factors: _Factors, mask: Any, fresh: bool) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from loraloom.update.node import AdaptedLinear
 from loraloom.update.terms import compute_dtype
@@ -48,7 +47,6 @@ class Rescaled(torch.autograd.Function):
         return torch.addcmul(bias, z, c, out=torch.empty_like(z))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
         is_output = ctx.keeps_output
         try:
@@ -56,15 +54,20 @@ class Rescaled(torch.autograd.Function):
         except RuntimeError:  # something saved has been changed in place
             maker = ctx.next_functions[0][0]
             magnitude, norm, c = ctx.constants
-            if not is_output or maker is None or magnitude._version != ctx.version:
+            if torch.is_grad_enabled() or not is_output or maker is None or magnitude._version != ctx.version:
                 raise
             saved, is_output = AdaptedLinear.again(maker), False
         needs_z, needs_m, _, needs_bias, _ = ctx.needs_input_grad
         grad_m = dz = None
-        if needs_m:
+        if torch.is_grad_enabled():  # create_graph=True: by operations that can be differentiated again
+            c = row_scale(magnitude, norm)
+            z = saved / c.masked_fill(c == 0, 1) if is_output else saved
+            grad_m = row_scale((g * z).sum(0, dtype=compute_dtype(g)), norm).to(magnitude.dtype) if needs_m else None
+            dz = (g * c).to(z.dtype) if needs_z else None
+        elif needs_m:
             product = g * saved
             sums = product.sum(0, dtype=compute_dtype(g))
             grad_m = row_scale(sums, magnitude if is_output else norm).to(magnitude.dtype)
-        if needs_z:
+        if needs_z and dz is None:
             dz = torch.mul(g, c, out=torch.empty_like(g) if grad_m is None else product)
         return dz, grad_m, None, g.sum(0, dtype=compute_dtype(g)) if needs_bias else None, None
