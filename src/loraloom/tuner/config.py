@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from peft import LoraConfig, PeftConfig
@@ -16,6 +17,9 @@ INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 BIASES = ("none", "all", "loom_only")
 # The adapter starts as an exact identity only if B M A equals what is subtracted, so the mixer starts as I.
 INITS_WITH_IDENTITY_MIXER = ("orthogonal", "pissa", "olora")
+# What a person finds in the folder after ``KeyError: 'LOOM'``, all that PEFT says.
+_REQUIRES = "pip install loraloom, and import loraloom before the adapter is loaded"
+_NOTE = f"This adapter is of type LOOM: {_REQUIRES}. Without it PEFT raises `KeyError: 'LOOM'`."
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
@@ -146,6 +150,28 @@ class LoomConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
+
+    def __getattr__(self, name: str) -> Any:
+        # X-LoRA and others take a configuration for LoRA's without asking for its type.
+        if name in (f.name for f in fields(LoraConfig)):
+            message = (
+                f"LoomConfig has no {name!r}: what asked for it takes adapters of type LORA alone, and this one is of "
+                "type LOOM. Write it as a LoRA with loraloom export."
+            )
+        else:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=self)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; README.md and ``auto_mapping`` then say that loading needs loraloom."""
+        mapping = kwargs.pop("auto_mapping_dict", None) or self.auto_mapping
+        if mapping or self.task_type:  # without either, PEFT's AutoPeftModel says that it has nothing to go by
+            kwargs["auto_mapping_dict"] = (mapping or {}) | {"requires": _REQUIRES}
+        super().save_pretrained(save_directory, **kwargs)
+        readme = Path(save_directory, "README.md")
+        text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+        if "import loraloom" not in text:
+            readme.write_text(f"{text.rstrip()}\n\n{_NOTE}\n".lstrip(), encoding="utf-8")
 
     @classmethod
     def lora(cls, **kwargs: Any) -> Self:

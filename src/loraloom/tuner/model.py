@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loraloom.errors import InputError
+from loraloom.tuner import neighbours
 from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
@@ -248,3 +249,4 @@ def _pass_adapter_names(_module: nn.Module, args: tuple, kwargs: dict, adapter_n
 
 
 register(LoomConfig, LoomModel)
+neighbours.watch()
