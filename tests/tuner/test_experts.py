@@ -48,7 +48,7 @@ def test_forward_gradients_and_merged_weights_are_pefts(name, way):
     weighted_sum(expected).backward()
     for n, parameter in pairs.items():
         assert parameter.grad.abs().sum() > 0
-        assert_near(parameter.grad, theirs.get_parameter(n).grad, factor=10)
+        assert_near(parameter.grad, theirs.get_parameter(n).grad)
     merged, reference = ours.merge_and_unload().state_dict(), theirs.merge_and_unload().state_dict()
     assert merged.keys() == reference.keys()
     for n, value in merged.items():
