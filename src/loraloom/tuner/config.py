@@ -153,10 +153,10 @@ class LoomConfig(PeftConfig):
 
     def __getattr__(self, name: str) -> Any:
         # X-LoRA and others take a configuration for LoRA's without asking for its type.
-        if name in (f.name for f in fields(LoraConfig)):
+        if hasattr(LoraConfig, name) or name in (f.name for f in fields(LoraConfig)):
             message = (
                 f"LoomConfig has no {name!r}: what asked for it takes adapters of type LORA alone, and this one is of "
-                "type LOOM. Write it as a LoRA with loraloom export."
+                "type LOOM. Use peft.LoraConfig, or write the adapter as a LoRA with loraloom export."
             )
         else:
             message = f"{type(self).__name__!r} object has no attribute {name!r}"

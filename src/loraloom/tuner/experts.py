@@ -79,6 +79,9 @@ class ParamWrapper(LoomLayer):
         if (gate := self.optional_factor("gate", adapter_name)) is not None:
             gate.fill_(1)
 
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
+
     # The base: a parameter in place of a module's weight
 
     def get_base_weight(self) -> Tensor:
