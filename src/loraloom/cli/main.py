@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "load a finished run from its folder and evaluate it again",
     "init": "write a commented RUN.yaml to start from",
     "recipes": "list the experiments of the papers as RUN.yaml, or copy one",
+    "ranks": "choose target modules and ranks before training, by the gradients of a few batches",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
     "intruders": "find the directions of an adapter that are new to its base, and scale them down",
     "combine": "make one plain LoRA of several adapters without training: sums, TIES, DARE, core space",
