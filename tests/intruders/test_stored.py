@@ -105,6 +105,36 @@ def test_a_scale_of_one_writes_the_same_tensors(make, tmp_path):
     assert json.loads((tmp_path / "out" / CONFIG).read_text()) == json.loads((adapter / CONFIG).read_text())
 
 
+@pytest.mark.parametrize("rank", [1000, 10**9])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(adapted, {}, "linear", init_lora_weights="pissa"),
+        partial(adapted, ALL_PARTS, "linear", init_lora_weights="olora"),
+        partial(lora_adapted, "linear"),
+        partial(lora_adapted, "conv1d"),
+    ],
+    ids=["pissa", "olora, all parts", "lora", "conv1d"],
+)
+def test_a_rank_above_both_sides_is_that_of_the_side_and_loads_again(make, rank, tmp_path):
+    """PiSSA starts from as many singular vectors as the rank: more than a side has cannot be loaded."""
+    model = make()
+    adapter, base = stored(model, tmp_path)
+    reduce_stored_intruders(adapter, tmp_path / "exact", base, 0.5, "all", "exact", **OPTIONS)
+    reduce_stored_intruders(adapter, tmp_path / "large", base, 0.5, "all", rank, **OPTIONS)
+    for name in ("exact", "large"):
+        model.load_adapter(tmp_path / name, name)
+    exact, large = (next(iter(LiveAdapter(model, name).modules.values())) for name in ("exact", "large"))
+    assert large.rank == max(4, min(large.shape))
+    torch.testing.assert_close(large.adapted_weight(), exact.adapted_weight(), rtol=1e-5, atol=1e-5)
+    # and the same of a live model
+    reduce_intruders(model, new_adapter="live", scale=0.5, scope="all", rank=rank, **OPTIONS)
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["live"], save_embedding_layers=False)
+    model.load_adapter(tmp_path / "saved" / "live", "again")
+    again = next(iter(LiveAdapter(model, "again").modules.values()))
+    torch.testing.assert_close(again.adapted_weight(), exact.adapted_weight(), rtol=1e-5, atol=1e-5)
+
+
 def test_heads_biases_and_ranks_of_a_real_network(pico_bert_dir, tmp_path):
     """Two layers of BERT with saved head and biases; one module has a rank of its own."""
     config = LoraConfig(

@@ -55,8 +55,8 @@ def sweep_saved(folder: Path, scales: Sequence[float], **options: Any) -> "Sweep
 
     Args:
         folder: output.dir of the run.
-        scales: see :func:`loraloom.intruders.live.sweep`.
-        **options: of :func:`loraloom.intruders.live.sweep`: scope, rank, top_k, epsilon.
+        scales: see :func:`loraloom.intruders.live.sweep_intruders`.
+        **options: of :func:`loraloom.intruders.live.sweep_intruders`: scope, rank, rewind, top_k, epsilon.
 
     Raises:
         InputError: as :func:`evaluate_saved`; or the run trained no adapter.
