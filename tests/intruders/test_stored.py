@@ -50,7 +50,7 @@ EVERY_LAYER = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 # PEFT's notices about toy models, and about a copy with a bias.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
-    pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning"),
+    pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning"),
     pytest.mark.filterwarnings(r"ignore:Adapter '\w+'. 1 LoRA tensor"),
 ]
 
