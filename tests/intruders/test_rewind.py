@@ -7,9 +7,9 @@ from loraloom.adapter.live import LiveAdapter
 from loraloom.errors import InputError
 from loraloom.intruders.live import sweep_intruders
 from loraloom.intruders.rewind import plan_sweep, rewound_matrix
+from tests.intruders.live_models import MAKERS, OPTIONS, same, state, weight_of
 from tests.intruders.support import adapted as dense
 from tests.intruders.support import base, update
-from tests.intruders.test_live import MAKERS, OPTIONS, same, state, weight_of
 
 
 @pytest.mark.parametrize("with_magnitude", [False, True])
