@@ -17,14 +17,16 @@ from loraloom.errors import InputError, RunInterruptedError
 class Compare(Reporting):
     """Train methods x learning rates x seeds on one task, each run in a process of its own, and compare.
 
-    Runs that are finished already are not done again, so the same command goes on after a Ctrl-C or a failure. Every
-    key of COMPARE.yaml can also be given as --section.key value, which wins over the file.
+    Runs that are finished already are not done again, so the same command goes on after a Ctrl-C or a failure; given on
+    several machines that share output.dir, it divides the runs among them. Every key of COMPARE.yaml can also be given
+    as --section.key value, which wins over the file.
     """
 
     file: tyro.conf.Positional[Path | None] = None
     """COMPARE.yaml: the sections of RUN.yaml and a section `compare`; see docs/compare.md."""
     jobs: int = 1
-    """How many runs to train at a time. They share the machine: speeds are then not those of a run alone."""
+    """How many runs to train at a time, each on a GPU of its own as far as there are free ones. They share the machine:
+    speeds are then not those of a run alone."""
 
 
 def main(arguments: Sequence[str]) -> None:

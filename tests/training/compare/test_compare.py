@@ -4,14 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import optuna
 import pytest
 from rich.console import Console
 
-from loraloom.errors import InputError, RunFailedError, RunInterruptedError
+from loraloom.errors import RunFailedError, RunInterruptedError
 from loraloom.training.compare import RESULT, compare, execution, load_plan
 from loraloom.training.compare.display import cost_table, quality_table
 from loraloom.training.compare.runs import RESOLVED, finished
@@ -269,20 +267,6 @@ def test_a_process_that_does_not_stop_is_killed(plan, monkeypatch):
     with pytest.raises(RunInterruptedError, match="0 of 27"):
         compare(plan(), start=start, jobs=2)
     assert deaf.signals == ["terminate", "kill"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="file locks of POSIX")
-def test_one_comparison_at_a_time_in_a_folder(plan, tmp_path):
-    """Also while a process that a killed comparison left behind still runs: it has inherited the lock."""
-    with execution.locked(tmp_path / "out"):
-        with pytest.raises(InputError, match="another comparison, or a run of one, works there"):
-            compare(plan(), start=Launcher())
-        orphan = subprocess.Popen(["sleep", "60"], close_fds=False)
-    with pytest.raises(InputError, match="another comparison, or a run of one, works there"):
-        compare(plan(), start=Launcher())
-    orphan.kill()
-    orphan.wait()
-    compare(plan(), start=Launcher())
 
 
 SEARCH = (
