@@ -81,6 +81,13 @@ def _check_data(config: RunConfig) -> None:
             raise InputError(
                 f"data.{key} is read for {' and '.join(tasks)}, not for {task!r}: remove it", code="no-meaning"
             )
+    mix = config.data.mix
+    if any(share <= 0 for share in mix.values()) or sum(mix.values()) >= 1:
+        raise InputError(
+            f"data.mix: {mix}: expected shares above 0 with a sum below 1; data.path has the rest", code="mix-shares"
+        )
+    if not mix and config.data.mix_until != default.mix_until:
+        raise InputError("data.mix_until has no meaning without data.mix: remove it", code="no-meaning")
     weights = config.training.get("class_weights")
     if weights is None:
         return
