@@ -37,7 +37,7 @@ class Merge(Saving):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of all floating-point weights; default: each as in the base, bfloat16 for a dequantised one."""
     base_precision: Literal["original", "dequantised"] = "original"
-    """dequantised: the base is a bitsandbytes checkpoint; merge into what its weights stand for."""
+    """dequantised: the base is quantised; merge into what its weights stand for."""
     verify: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Compare the logits of the merged model with those of base and adapter on N prompts (both in float32, in turn).
     Exit code 1 where they differ by more than the next two let through."""

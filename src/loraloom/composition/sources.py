@@ -49,6 +49,11 @@ def open_source(model: nn.Module, name: str, where: str | Path) -> Adapter:
     _check_others(name, source)
     if isinstance(source, StoredAdapter):
         _check_architecture(name, source, model)
+    if expert := next((module.expert for module in source.modules.values() if module.expert is not None), None):
+        raise InputError(
+            f"member {name!r} adapts the experts of {expert.parameter}, which a composition does not take: merge it",
+            code="experts",
+        )
     if dora := next((name for name, module in source.modules.items() if "magnitude" in module.shapes()), None):
         raise InputError(
             f"member {name!r} is a DoRA adapter ({dora} has a magnitude), whose update is no product B A: turn it into "

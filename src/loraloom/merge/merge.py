@@ -20,9 +20,9 @@ from loraloom.adapter.open import open_stored
 from loraloom.adapter.stored import StoredAdapter
 from loraloom.card import write_card
 from loraloom.errors import InputError
-from loraloom.io.bitsandbytes import DequantisedCheckpoint, quantisation
-from loraloom.io.checkpoint import INDEX, Checkpoint, locate, open_checkpoint, read_json
+from loraloom.io.checkpoint import INDEX, Checkpoint, locate, read_json
 from loraloom.io.files import check_apart, check_new_folder, folder_atomically, write_text_atomically
+from loraloom.io.quantized.checkpoint import QuantizedCheckpoint, open_base
 from loraloom.io.stream import write_safetensors
 from loraloom.merge.card import merge_card
 from loraloom.merge.edits import Change, merged_blocks
@@ -62,7 +62,7 @@ def merge_checkpoint(
         dtype: "float32", "bfloat16" or "float16" for all floating-point weights. Default: each as in the base;
             "bfloat16" for a dequantised base. Merging is in float32 and rounds once.
         base_precision: "original": the base is the model in its original precision; a quantised one is refused.
-            "dequantised": the base is a bitsandbytes checkpoint, and what it stands for is merged into.
+            "dequantised": the base is quantised, and what its weights stand for is merged into.
         overwrite: replace a folder that is not empty.
         progress: is told of the tensors written.
         command: what was typed, for the model card.
@@ -152,28 +152,22 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _open_base(folder: Path, config: dict[str, Any], base_precision: str, adapters: list[StoredAdapter]) -> Checkpoint:
-    base = open_checkpoint(folder)
-    method = quantisation(config, base)
-    names = dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters)
     if base_precision not in ("original", "dequantised"):
         raise InputError(f"base_precision {base_precision!r}; expected original or dequantised", code="unknown-choice")
-    if method is None and base_precision == "dequantised":
-        raise InputError(f"{folder} is not quantised: leave out --base-precision dequantised", code="not-quantized")
-    if method is None:
+    base = open_base(folder, config)
+    if not isinstance(base, QuantizedCheckpoint):
+        if base_precision == "dequantised":
+            raise InputError(f"{folder} is not quantised: leave out --base-precision dequantised", code="not-quantized")
         return base
-    if method != "bitsandbytes":
-        raise InputError(
-            f"{folder} is quantised by {method}, which cannot be merged into: give --base the model in its original "
-            f"precision (the adapter was trained on {', '.join(names)})",
-            code="quantized",
-        )
     if base_precision == "original":
+        names = dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters)
         raise InputError(
-            f"{folder} is quantised by bitsandbytes: give --base the model in its original precision, or pass "
-            "--base-precision dequantised to merge into what the quantised weights stand for",
+            f"{folder} is quantised by {base.method}: give --base the model in its original precision (the adapter was "
+            f"trained on {', '.join(names)}), or pass --base-precision dequantised to merge into what the quantised "
+            "weights stand for",
             code="quantized",
         )
-    return DequantisedCheckpoint(folder, list(base.files))
+    return base
 
 
 def _notes(adapters: list[StoredAdapter], folder: Path, base_precision: str, dtype: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from loraloom.adapter.base import base_keys, stored_transposed
+from loraloom.adapter.experts import ExpertPlaces
 from loraloom.adapter.stored import PREFIX, StoredAdapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import Checkpoint
@@ -97,6 +98,7 @@ class _Edits:
 
     def __init__(self, base: Checkpoint, config: Mapping[str, Any], table: VocabularyTable | None) -> None:
         self.base, self.config, self.table = base, config, table
+        self.places = ExpertPlaces(base, config)
         self.of: dict[str, list[Edit]] = {}
         self.sources: dict[str, str] = {}  # of tensors that the base stores under another name: an untied head
         self.prefix = ""  # what the base's names lack in front
@@ -117,7 +119,18 @@ class _Edits:
                 edit(key, tokens=(_token_indices(adapter, name, module), name))
             else:
                 edit(key, replacement=name)
-        for module, found in base_keys(adapter.modules, self.base).items():
+        experts = {name: expert for name, module in adapter.modules.items() if (expert := module.expert) is not None}
+        for name, expert in experts.items():
+            places = self.places.of(expert, adapter.modules[name].shape) if self.places.keys(expert) else []
+            if not places:
+                homeless.append(name)
+            for place in places:
+                if place.index is None:
+                    edit(place.key, module=name, transposed=place.transposed, span=(place.start, place.stop))
+                else:
+                    known = own[place.key].experts if place.key in own else {}
+                    edit(place.key, transposed=place.transposed, experts=known | {place.index: name})
+        for module, found in base_keys((m for m in adapter.modules if m not in experts), self.base).items():
             key = found or self._not_stored(adapter, module, "weight")
             if key is None:
                 homeless.append(module)

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraloom import LoomConfig
 from loraloom.errors import InputError
-from loraloom.io import bitsandbytes as quantised_module
-from loraloom.io.bitsandbytes import DequantisedCheckpoint
 from loraloom.io.checkpoint import open_checkpoint
+from loraloom.io.quantized import bitsandbytes as quantised_module
+from loraloom.io.quantized.checkpoint import QuantizedCheckpoint
 from loraloom.merge import edits
 from loraloom.merge.merge import merge_checkpoint
 from tests.adapter.support import logits, trained
@@ -40,7 +40,7 @@ def test_weights_are_near_those_that_were_quantised(quantised, tmp_path, monkeyp
     monkeypatch.setattr(quantised_module, "_CHUNK", 130)
     folder, kind = quantised
     original = open_checkpoint(tmp_path / "original")
-    base = DequantisedCheckpoint(folder, list(open_checkpoint(folder).files))
+    base = QuantizedCheckpoint(folder, list(open_checkpoint(folder).files), {})
     assert set(base) == set(original)
     for key in base:
         W, exact = base.rows(key, 0, base.shape(key)[0]), original.tensor(key)
@@ -73,7 +73,7 @@ def test_merging_into_a_dequantised_base(quantised, tmp_path, monkeypatch):
     assert result.shards == len(open_checkpoint(folder).files)
 
     # The same from a checkpoint of the dequantised weights.
-    base = DequantisedCheckpoint(folder, list(open_checkpoint(folder).files))
+    base = QuantizedCheckpoint(folder, list(open_checkpoint(folder).files), {})
     plain = llama()
     plain.load_state_dict({key: base.rows(key, 0, base.shape(key)[0]).float() for key in base})
     plain.save_pretrained(tmp_path / "plain")
