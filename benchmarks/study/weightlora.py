@@ -184,7 +184,7 @@ def run(arm: Arm, rate: float, seed: int, data: Data, test: Texts, budget: int) 
         pattern = model.base_model.peft_config["default"].rank_pattern
         # A, B and the singular value of each direction that is left.
         count = sum(
-            sum(mask) * (sizes[name.split("model.", 1)[1].rsplit(".lora_E", 1)[0]] // LORA["r"] + 1)
+            sum(mask) * (sizes[name[name.index("bert.") :].rsplit(".lora_E", 1)[0]] // LORA["r"] + 1)
             for name, mask in pattern.items()
         )
         return outcome | {"adapter_parameters": count}
