@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.study import composition, forgetting, weightlora
-from benchmarks.study.harness import effect, shown_difference
+from benchmarks.study.harness import effect, shown_difference, shown_mean
 from benchmarks.tables.format import ROWS, lines, rows_of, spread
 
 COMPOSITION = ROWS / "study_composition.jsonl"
@@ -39,16 +39,22 @@ def few_shot() -> list[str]:
 
 
 def first_weightlora() -> list[str]:
-    """The first study of WeightLoRA, without a control of equal size."""
-    runs = rows_of("weightlora.json")
+    """The first study of WeightLoRA, whose random control has as many adapters and fewer parameters."""
+    runs = [{**row, "arm": row["variant"]} for row in rows_of("weightlora.json")]
     body = []
-    for variant in dict.fromkeys(row["variant"] for row in runs):
-        own = [row for row in runs if row["variant"] == variant]
+    for arm in dict.fromkeys(row["arm"] for row in runs):
+        own = [row for row in runs if row["arm"] == arm]
         after = [row["after"] for row in own]
         sizes = [statistics.fmean(a[key] for a in after) for key in ("trainable_parameters", "optimizer_bytes")]
-        cells = [spread([row["accuracy"] for row in own]), f"{sizes[0]:,.0f}", f"{sizes[1] / 2**20:.2f} MiB"]
-        body.append([variant, *cells])
-    return lines(["variant", "test accuracy, mean (least to most)", "trained", "optimizer state"], body)
+        random = arm.replace("WeightLoRA,", "random,")
+        versus = [
+            shown_difference(effect(runs, arm, other, key="accuracy")) if other != arm else ""
+            for other in ("LoRA, all layers", random)
+        ]
+        cells = [spread([row["accuracy"] for row in own]), *versus, f"{sizes[0]:,.0f}", f"{sizes[1] / 2**20:.2f} MiB"]
+        body.append([arm, *cells])
+    heads = ["test accuracy, mean (least to most)", "less LoRA, all layers", "less random, same K"]
+    return lines(["variant", *heads, "trained", "optimizer state"], body)
 
 
 def real_case() -> list[str]:
@@ -74,6 +80,27 @@ def real_case() -> list[str]:
     )
     body.append(["mean dW / W", *cells(lambda some: f"{statistics.fmean(row['relative_norm'] for row in some):.2f}")])
     return lines(["scale", *(heading for heading, _, _ in CASES)], body)
+
+
+def against_a_lower_rate() -> list[str]:
+    """Scaled intruders at a high rate, and the next lower rate as it is: the same three seeds."""
+    runs = rows_of("forgetting.json")
+    points = []
+    for run in runs:
+        for point in run["sweeps"]["top"]:
+            arm = f"rate {run['learning_rate']:g}, scale {point['scale']:g}"
+            metrics = point["metrics"]
+            points.append({"arm": arm, "seed": run["seed"], "task": metrics["accuracy"]})
+            points[-1]["retention"] = metrics["retention_accuracy"]
+    baseline = "rate 0.002, scale 1"
+    body = []
+    for arm in (baseline, *(f"rate 0.003, scale {scale:g}" for scale in (1.0, 0.9, 0.75, 0.5))):
+        cells = []
+        for key in ("task", "retention"):
+            cells.append(shown_mean(effect(points, arm, key=key)))
+            cells.append("" if arm == baseline else shown_difference(effect(points, arm, baseline, key=key)))
+        body.append([arm, *cells])
+    return lines(["", "task", "less the lower rate's", "retention", "less the lower rate's"], body)
 
 
 def between(counts: Sequence[int]) -> str:
@@ -139,6 +166,7 @@ TABLES: dict[str, Callable[[], Sequence[str]]] = {
     "few-shot": few_shot,
     "first-weightlora": first_weightlora,
     "real-case": real_case,
+    "against-a-lower-rate": against_a_lower_rate,
     **{f"composition-{shots}": partial(composition.table, COMPOSITION, shots) for shots in composition.SHOTS},
     "composition-search": partial(composition.search_table, COMPOSITION),
     "which-method": which_method,
