@@ -112,6 +112,8 @@ class LoomConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOOM
+        if self.auto_mapping:  # what save_pretrained adds is for a person
+            self.auto_mapping = {name: v for name, v in self.auto_mapping.items() if name != "requires"} or None
         if self.loom_format_version not in (None, FORMAT_VERSION):
             raise ValueError(
                 f"loom_format_version={self.loom_format_version!r}: this loraloom reads version {FORMAT_VERSION}. "
