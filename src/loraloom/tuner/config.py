@@ -82,7 +82,7 @@ class LoomConfig(PeftConfig):
     """Rows of the embedding to train besides the adapters (PEFT's trainable tokens)."""
     target_parameters: list[str] | None = None
     """Names (or name endings) of bare parameters to adapt: ["experts.gate_up_proj", "experts.down_proj"] in most
-    mixtures of experts. Without ``use_dora``, dropout and the starts from the base weight."""
+    mixtures of experts. Without ``use_dora`` and the starts from the base weight."""
     allow_unmatched: bool = False
     """Warn, instead of raising, when a name in target_modules or a pattern matches nothing."""
     composition: Composition | None = None
