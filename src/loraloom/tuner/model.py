@@ -188,11 +188,14 @@ class LoomModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names works in eval mode only: call model.eval() first.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
         known = {name for layer in self.modules() if isinstance(layer, LoomLayer) for name in layer.holder("A")}
         unknown = sorted({*names} - known - {BASE})
         if unknown:
-            raise ValueError(f"adapter_names has {unknown}; the model's adapters are {sorted(known)} and {BASE!r}.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model's adapters are "
+                f"{', '.join(sorted(known))} and {BASE}."
+            )
         if reads := [name for name, layer in self.model.named_modules() if getattr(layer, "weight_is_read", False)]:
             raise InputError(
                 f"adapter_names cannot be used: the model reads the weight of {reads[0]} instead of calling it, so all "
