@@ -84,6 +84,14 @@ def members_for(config, base, tmp_path):
     return found
 
 
+@pytest.mark.parametrize("name", recipes())
+def test_each_says_where_its_numbers_are_from(name):
+    head = " ".join(line.removeprefix("# ") for line in recipes()[name].splitlines() if line.startswith("#"))
+    assert "arXiv" in head
+    assert "Ours: " in head
+    assert "github.com/" in head or "could not be verified" in head
+
+
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", recipes())
 def test_two_steps(name, stand_ins, tmp_path):
