@@ -25,7 +25,7 @@ class InputError(LoraloomError, ValueError):
 
 
 class RunFailedError(LoraloomError, RuntimeError):
-    """The input was right and the run still came to nothing. The command line prints one line and exits with 1."""
+    """The input was right, and the run failed all the same. The command line prints one line and exits with 1."""
 
 
 class RunInterruptedError(LoraloomError, RuntimeError):

@@ -33,8 +33,8 @@ def compose(
 ) -> PeftModel:
     """Adds to the model one adapter ``W' = W + sum_n w_n D_n`` of pre-trained updates D_n, and activates it.
 
-    With learned weights it is WLoRA (2402.15414) and trains the weights alone, from equal ones; with equal weights
-    that stay it is uniform composition. The members are copied into the adapter, frozen, with mixers, gates, scales and
+    With learned weights it is WLoRA (2402.15414): only the weights train, and they start equal. With fixed equal
+    weights it is uniform composition. The members are copied into the adapter, frozen, with mixers, gates, scales and
     patterns multiplied in; it costs two products per layer however many they are, and is saved, loaded and merged as
     one. `to_lora` turns it into an ordinary LoRA.
 

@@ -66,7 +66,7 @@ def export_adapter(
         dtype: of the written factors. float32 keeps what folding the scale computes; 16 bits round it once more.
         progress: is told of the modules folded, then of those compared.
         command: what was typed, for the model card.
-        card: what a verb that exports what it made says in place of export's own card.
+        card: makes the model card of export's own card and the report; None keeps export's own.
 
     Raises:
         InputError: the target cannot hold the adapter, or only with a larger error than allowed, or a file is broken.

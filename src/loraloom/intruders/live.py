@@ -130,7 +130,7 @@ def merge_with_reduced_intruders(
         The base model, merged, and the report.
 
     Raises:
-        ValueError: also where layers are quantised and ``quantized`` does not say what to do with them.
+        ValueError: an argument is out of range, or layers are quantised and ``quantized`` is not given.
     """
     source = LiveAdapter(model, adapter)
     _check_mergeable(source)

@@ -31,9 +31,8 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
 class LoomConfig(PeftConfig):
     """Configuration of a loom adapter: ``W' = m * norm(W + g s B M A)`` with each part optional.
 
-    With the defaults it is plain LoRA. ``use_mixer`` adds M (MoSLoRA), ``use_gate`` adds g (WeightLoRA),
-    ``use_dora`` adds m and the norm (DoRA); they combine freely. The keys that LoRA has too mean what they mean in
-    ``peft.LoraConfig``.
+    With the defaults it is plain LoRA. ``use_mixer`` adds M (MoSLoRA), ``use_gate`` adds g (WeightLoRA), ``use_dora``
+    adds m and the norm (DoRA); they combine freely. Keys that ``peft.LoraConfig`` also has mean the same.
 
     Raises:
         ValueError: a value is out of range, or the adapter was written in a newer format.

@@ -70,7 +70,7 @@ class LoomModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's merging of LoRA factors, which adds cross terms; there is none for these layers.
+        """Refused: PEFT's way to merge LoRA factors adds cross terms.
 
         Raises:
             InputError: always; the message names what to use.
