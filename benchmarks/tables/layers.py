@@ -1,4 +1,4 @@
-"""Tables of times: compositions, intruder dimensions."""
+"""Tables of times: compositions, intruder dimensions, experts."""
 
 from collections.abc import Callable, Sequence
 
@@ -39,7 +39,24 @@ def intruder_cost() -> list[str]:
     return lines(["width", *heads], body)
 
 
+def experts_cost() -> list[str]:
+    """A training step of mixtures with adapters on their experts: PEFT's and ours."""
+    rows = rows_of("experts_cpu.json")["rows"]
+    theirs = {(row["shape"], row["way"]): row for row in rows if row["by"] == "PEFT"}
+    columns = {"cpu_seconds": 1, "peak_bytes": 2**20, "saved_bytes": 2**20, "flops": 1e9}
+    body = []
+    for row in rows:
+        if row["by"] != "PEFT":
+            peer = theirs[row["shape"], row["way"]]
+            pairs = [(peer[key] / unit, row[key] / unit) for key, unit in columns.items()]
+            cells = [f"{significant(a)} / {significant(b)}" for a, b in pairs]
+            body.append([row["shape"], f"`{row['way']}`", *cells, f"{row['difference']:.0e}"])
+    heads = ["seconds of CPU", "peak MiB", "MiB saved for backward", "GFLOP", "largest difference"]
+    return lines(["shape", "experts_implementation", *heads], body)
+
+
 TABLES: dict[str, Callable[[], Sequence[str]]] = {
     "composition-cost": composition_cost,
     "intruder-cost": intruder_cost,
+    "experts-cost": experts_cost,
 }
