@@ -118,7 +118,7 @@ def draw_bars(figure: Bars) -> Drawing:
     samples = figure.samples or [[] for _ in figure.values]
     spans = [(v - (e or 0), v + (e or 0)) for v, e in zip(figure.values, errors, strict=True) if v is not None]
     reach = [end for span in spans for end in span] + [value for row in samples for value in row]
-    reach += [0.0] if figure.from_zero else []
+    reach += [0.0, *([figure.whole] if figure.whole is not None else [])] if figure.from_zero else []
     axis = Axis(min(reach), max(reach), []) if figure.from_zero and min(reach) < max(reach) else linear_axis(reach)
     height = BAR_ROW * len(figure.labels)
     side = 0 if figure.from_zero else 6  # room for points at the ends of the axis

@@ -102,7 +102,7 @@ def test_gates_by_layer_and_over_time():
 def test_baselines_are_compared_with():
     report = run_report(result(), RunConfig(), "c", HISTORY, baselines={"linear probe": 0.6})
     drawn = figures(report)
-    assert drawn["What it gains"] == Bars("accuracy", ["linear probe", "WeightLoRA"], [0.6, 0.75])
+    assert drawn["What it gains"] == Bars("accuracy", ["linear probe", "WeightLoRA"], [0.6, 0.75], whole=1.0)
     assert drawn["Accuracy and macro-F1"].references == {"linear probe": 0.6}
     assert "linear probe 0.6" in report.lead
     assert "What it gains" not in figures(run_report(result(), RunConfig(), "c", HISTORY))

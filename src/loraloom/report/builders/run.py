@@ -136,7 +136,7 @@ def _comparison(result: "RunResult", baselines: Mapping[str, float]) -> Section:
     rows = {**baselines, METHODS.get(result.method, result.method): result.after["accuracy"]}
     one = number(1 / result.test_rows, digits=2)
     note = f"Accuracy on the same {result.test_rows:,} test rows; one of them is {one}."
-    return Section("What it gains", note, Bars("accuracy", [*rows], [*rows.values()]))
+    return Section("What it gains", note, Bars("accuracy", [*rows], [*rows.values()], whole=1.0))
 
 
 def _loss(result: "RunResult", history: Sequence[Mapping[str, Any]], selection: "SelectionLog | None") -> Section:
