@@ -6,7 +6,7 @@ and "N summed" train A and B of every adapter; a composition trains its N weight
 without gradients of A and B, which is less than a composition computes. Before anything is timed, all are compared on
 the same adapters. The first row times PEFT against a copy of itself: how far it is from 1.00 is how far to trust.
 
-    python benchmarks/composition.py --out composition.json
+    python -m benchmarks.composition --out composition.json
 """
 
 import argparse
@@ -21,13 +21,13 @@ from pathlib import Path
 
 import peft
 import torch
-from adapter_layer import Contender, Linears, Setting, build, row, show
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from torch import nn
 
 import loraloom
+from benchmarks.adapter_layer import Contender, Linears, Setting, build, row, show
 from loraloom import LoomConfig, compose
 
 COUNTS, RANK = (1, 4, 8, 16, 32), 8
