@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
 from loraloom import LoomConfig
@@ -73,6 +74,17 @@ def test_forward_over_adapters_and_along_a_direction(parts):
         assert_near(output, functional_call(model, {name: p[i] for name, p in many.items()}, (x,)), factor=10)
     tangent, step = torch.randn_like(x), 1e-3
     _, slope = jvp(lambda x: model(x), (x,), (tangent,))
+    measured = (model(x + step * tangent) - model(x - step * tangent)) / (2 * step)
+    assert (slope - measured).abs().max() < 1e-2 * measured.abs().max()
+
+
+@torch.no_grad()
+def test_forward_mode_differentiation_without_torch_func(parts):
+    """The nodes by hand know gradients alone."""
+    model, x = adapted(parts), tokens()
+    tangent, step = torch.randn_like(x), 1e-3
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
     measured = (model(x + step * tangent) - model(x - step * tangent)) / (2 * step)
     assert (slope - measured).abs().max() < 1e-2 * measured.abs().max()
 

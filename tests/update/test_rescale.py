@@ -59,6 +59,23 @@ def test_gradients(after, bias, through, zeros):
         torch.testing.assert_close(gradient, exact)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("after", ["nothing", "scaled in place"])
+def test_second_derivatives(bias, after):
+    """Through the saved output, and through z computed again where the output has been changed."""
+    x, W, term, m, b = layer(bias=bias)
+    with torch.no_grad():
+        m.clamp_(min=0.5)  # so that y tells z
+    wanted = [t for t in (x, W, term.A, term.B, m, b) if t is not None]
+    results = []
+    for f in (run, expected):
+        y = f(x, W, term, m, b, AFTER[after]).square().sum()
+        first = torch.autograd.grad(y, wanted, create_graph=True)
+        results.append(torch.autograd.grad(sum((i + 1) * t.square().sum() for i, t in enumerate(first)), wanted))
+    for gradient, exact in zip(*results, strict=True):
+        torch.testing.assert_close(gradient, exact)
+
+
 @pytest.mark.parametrize("changed", ["m", "A"])
 def test_a_parameter_changed_before_backward_is_an_error(changed):
     x, W, term, m, _ = layer()
@@ -69,14 +86,42 @@ def test_a_parameter_changed_before_backward_is_an_error(changed):
         y.sum().backward()
 
 
-def test_the_output_is_what_is_saved():
-    x, W, term, m, _ = layer(torch.float32)
+def saved_by(x, W, term, m, b):
     W.requires_grad_(False)
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = run(x, W, term, m, None, AFTER["nothing"])
-    own = {t.data_ptr() for t in saved if t.shape == (TOKENS, OUT)}
-    assert own == {y.data_ptr()}
+        y = run(x, W, term, m, b, AFTER["nothing"])
+    return y, {t.data_ptr() for t in saved if t.shape == (TOKENS, OUT)}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_output_is_what_is_saved(bias):
+    x, W, term, m, b = layer(torch.float32, bias=bias)
+    y, saved = saved_by(x, W, term, m.detach().fill_(1.0).requires_grad_(), b)
+    assert saved == {y.data_ptr()}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 15.0, 17.0, 1e6, float("inf")])
+def test_the_gradient_of_m_beside_a_large_bias(ratio):
+    """(y - b) / m has lost digits where b is many m: there z is saved. float32 against float64."""
+    x, W, term, m, b = layer(torch.float32, bias=True)
+    with torch.no_grad():
+        m.fill_(1.0)
+        m[3] = 1 / ratio
+        b.clamp_(-1, 1)[3] = 1.0
+    y, saved = saved_by(x, W, term, m, b)
+    assert (saved == {y.data_ptr()}) == (ratio <= 16)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((y * weight).sum(), m)
+    x64, W64, m64, b64 = (t.detach().double().requires_grad_() for t in (x, W, m, b))
+    term64 = Term(term.A.detach().double(), term.B.detach().double(), scaling=term.scaling)
+    (exact,) = torch.autograd.grad(
+        (expected(x64, W64, term64, m64, b64, AFTER["nothing"]) * weight.double()).sum(), m64
+    )
+    # z is a sum of IN + R products; y - b is off by up to 16 units of z besides.
+    units = (IN + R + 16) * torch.finfo(torch.float32).eps
+    size = (x64.norm() * weight.double().norm(dim=0)).detach()
+    assert ((gradient.double() - exact).abs() <= units * size).all()
 
 
 def test_bfloat16_output_is_as_near_as_its_rounding():

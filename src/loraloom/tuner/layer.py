@@ -219,12 +219,6 @@ class LoomLayer(nn.Module, MergingLayer, ScaledLayer):
         """What the adapter does to this layer, with live parameters."""
         return Update(self.terms(adapter_name), self.magnitude(adapter_name), self.bias_delta(adapter_name))
 
-    def row_norm(self, adapter_name: str) -> Tensor:
-        """``rownorm(W + D)`` (out,) of a DoRA adapter, from its cache when nothing has changed."""
-        # Where the weight is no parameter (torch's parametrizations), each access makes another tensor.
-        parameter = self.get_base_layer()._parameters.get("weight")
-        return self.row_norms[adapter_name](parameter, self.base_matrix, self.terms(adapter_name))
-
     def base_matrix(self) -> Tensor:
         """The base weight W (out, in) as it is in the layer now, dequantised if need be."""
         return self.as_matrix(self.get_base_weight())
@@ -272,7 +266,8 @@ class LoomLayer(nn.Module, MergingLayer, ScaledLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        adapters = [name for name in self.active_adapters if self.has_adapter(name)]
+        present = self._modules[LOOM["A"]]._modules  # type: ignore[union-attr]
+        adapters = [name for name in self.active_adapters if name in present]
         if self.merged_adapters or not adapters:
             return self.base_layer(x, *args, **kwargs)
         return self.adapted_forward(x, adapters, *args, **kwargs)
@@ -297,9 +292,10 @@ class LoomLayer(nn.Module, MergingLayer, ScaledLayer):
 
     def add_up(self, adapters: list[str]) -> bool:
         """Whether the adapters are as one with stacked factors: plain ones, none with a dropout mask of its own."""
-        return len(adapters) == 1 or not any(
-            self.magnitude(name) is not None or (self.training and self.dropout[name]) for name in adapters
-        )
+        if len(adapters) == 1:
+            return True
+        magnitudes = self._modules[LOOM["magnitude"]]._modules  # type: ignore[union-attr]
+        return not any(name in magnitudes or (self.training and self.dropout[name]) for name in adapters)
 
     def adapt_together(self, adapters: list[str], x: Tensor, base_out: Tensor) -> Tensor:
         """:meth:`adapt` for adapters that add up."""
@@ -322,13 +318,11 @@ class LoomLayer(nn.Module, MergingLayer, ScaledLayer):
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)}: give one name per sample, {BASE!r} for none."
+                f"adapter_names has {len(adapter_names)} entries for {len(x)} samples: give one name per sample, "
+                f"{BASE!r} for none."
             )
         if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
         names = [name for name in dict.fromkeys(adapter_names) if self.has_adapter(name)]
         if len(names) == 1 and adapter_names.count(names[0]) == len(x):
             return self.adapted_forward(x, names, *args, **kwargs)

@@ -13,10 +13,12 @@ from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.peft_internals import features_of
 from loraloom.update.linear import adapted_linear
 from loraloom.update.node import LinearMap, Weight
-from loraloom.update.terms import Term, scale
+from loraloom.update.parts import LOOM, Name
+from loraloom.update.terms import Term, scale, stack_plain
 from loraloom.update.traced import is_traced
 
 _FOUR_BIT = {"Linear4bit", "LinearFP4", "LinearNF4"}
+_OF_TERMS: tuple[Name, ...] = ("A", "B", "mixer", "gate", "anchor_A")
 
 
 def calls_only_forward(module: nn.Module) -> bool:
@@ -92,6 +94,16 @@ class LoomLinear(LoomLayer):
             return self._adapt_by(adapters, x, base._parameters["bias"], W=four_bit)
         return super().adapted_forward(x, adapters, *args, **kwargs)
 
+    def stacked(self, adapters: list[str]) -> Term:
+        holders = {name: self._modules[LOOM[name]]._modules for name in _OF_TERMS}  # type: ignore[union-attr]
+        if len(adapters) == 1 or self.compositions or any(holders[name] for name in _OF_TERMS[2:]):
+            return super().stacked(adapters)
+        # The same for many adapters of A and B alone, in a tenth of the time that their terms take one by one.
+        As, Bs = ([holders[name][a]._parameters["weight"] for a in adapters] for name in _OF_TERMS[:2])  # type: ignore[union-attr]
+        if any(factor.is_meta for factor in (*As, *Bs)):  # type: ignore[union-attr]
+            return super().stacked(adapters)
+        return stack_plain(As, Bs, [self.scaling[a] for a in adapters])  # type: ignore[arg-type]
+
     def adapt_together(self, adapters: list[str], x: Tensor, base_out: Tensor) -> Tensor:
         return self._adapt_by(adapters, x, getattr(self.get_base_layer(), "bias", None), base_out)
 
@@ -106,10 +118,11 @@ class LoomLinear(LoomLayer):
             W=W,
             bias=bias,
             magnitude=magnitude,
-            norm=None if magnitude is None else self.row_norm(names[0]),
+            norm=None if magnitude is None else self.lazy_row_norm(names[0]),
             dropout=self.dropout[names[0]] if self.training else 0.0,
         )
-        for name in names:
-            if (delta := self.bias_delta(name)) is not None:
-                result = result + delta.to(result.dtype)
+        if self._modules[LOOM["member_bias"]]._modules:  # type: ignore[union-attr]
+            for name in names:
+                if (delta := self.bias_delta(name)) is not None:
+                    result = result + delta.to(result.dtype)
         return result

@@ -12,6 +12,7 @@ from loraloom.tuner.computed_weight import tensors_behind, write_weight
 from loraloom.tuner.peft_internals import check_adapters_to_merge
 from loraloom.tuner.quantized import restore, snapshot
 from loraloom.tuner.row_norm import RowNormCache
+from loraloom.update.one_pass import MakeNorm
 
 
 class MergingLayer(ComposedLayer):
@@ -22,6 +23,7 @@ class MergingLayer(ComposedLayer):
     row_norms: dict[str, RowNormCache]
     merged_adapters: list[str]
     update: Any
+    terms: Any
     as_matrix: Any
     as_weight: Any
     base_matrix: Any
@@ -145,3 +147,14 @@ class MergingLayer(ComposedLayer):
     def _base_changed(self) -> None:
         for cache in self.row_norms.values():
             cache.clear()
+
+    def row_norm(self, adapter_name: str) -> Tensor:
+        """``rownorm(W + D)`` (out,) of a DoRA adapter, from its cache when nothing has changed."""
+        norm = self.lazy_row_norm(adapter_name)
+        return norm if isinstance(norm, Tensor) else norm(None)
+
+    def lazy_row_norm(self, adapter_name: str) -> Tensor | MakeNorm:
+        """The same, or a function that computes it, see :meth:`RowNormCache.lazily`."""
+        # Where the weight is no parameter (torch's parametrizations), each access makes another tensor.
+        parameter = self.get_base_layer()._parameters.get("weight")
+        return self.row_norms[adapter_name].lazily(parameter, self.base_matrix, self.terms(adapter_name))

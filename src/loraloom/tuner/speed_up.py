@@ -31,10 +31,11 @@ from loraloom.tuner.linear import calls_only_linear, four_bit_map, is_plain_line
 from loraloom.tuner.row_norm import RowNormCache
 from loraloom.update.linear import adapted_linear
 from loraloom.update.node import Weight
+from loraloom.update.one_pass import MakeNorm
 from loraloom.update.parts import LORA
-from loraloom.update.terms import Term, fold, stack
+from loraloom.update.terms import Term, stack
 from loraloom.update.traced import is_traced
-from loraloom.update.update import row_norm
+from loraloom.update.update import row_norm_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def speed_up(model: nn.Module) -> SpeedUpReport:
         model: a PeftModel, or a model with injected LoRA layers (transformers' ``add_adapter``, diffusers).
 
     Returns:
-        Which layers loraloom computes; which stay PEFT's, and why.
+        What is computed by whom.
 
     Raises:
         InputError: the model has no LoRA layers.
@@ -278,16 +279,16 @@ def _apply(layer: Any, group: list[_Part], x: Tensor, result: Tensor | None, W: 
 _row_norms: WeakKeyDictionary[nn.Module, tuple[weakref.ref, RowNormCache]] = WeakKeyDictionary()
 
 
-def _row_norm(layer: Any, magnitude: nn.Module, term: Term) -> Tensor:
-    """``rownorm(W + D)`` (out,), cached."""
+def _row_norm(layer: Any, magnitude: nn.Module, term: Term) -> Tensor | MakeNorm:
+    """``rownorm(W + D)`` (out,), cached, or a function that computes it."""
     parameter = layer.get_base_layer()._parameters.get("weight")
     if parameter is None or is_traced():
         with torch.no_grad():
-            return row_norm(_base_matrix(layer), *fold([term]))
+            return row_norm_of(_base_matrix(layer), [term])
     known = _row_norms.get(magnitude)
     if known is None or known[0]() is not parameter:
         known = _row_norms[magnitude] = weakref.ref(parameter), RowNormCache()
-    return known[1](parameter, lambda: _base_matrix(layer), [term])
+    return known[1].lazily(parameter, lambda: _base_matrix(layer), [term])
 
 
 def _base_matrix(layer: Any) -> Tensor:

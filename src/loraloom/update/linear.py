@@ -4,18 +4,21 @@ Shapes: x (..., in), y (..., out), m and rownorm (out,). DoRA's norm is a consta
 section 4.3).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.update.node import AdaptedLinear, LinearMap, Weight
+from loraloom.update.one_pass import MakeNorm, OnePass
 from loraloom.update.rescale import Rescaled
 from loraloom.update.terms import Term, autocast_dtype, scale
 from loraloom.update.traced import is_traced
 from loraloom.update.update import row_scale
 
-# With more tokens than this, the nodes are faster for DoRA: they need one output-sized buffer, autograd needs three.
-# With fewer, their Python overhead dominates (measured on two CPU cores).
+# With more tokens than this, the nodes are faster: autograd makes another buffer of the input's size, and for DoRA two
+# of the output's. With fewer, their Python overhead dominates (measured on two CPU cores).
 _FEW_TOKENS = 256
 
 
@@ -27,7 +30,7 @@ def adapted_linear(
     W: Weight | None = None,
     bias: Tensor | None = None,
     magnitude: Tensor | None = None,
-    norm: Tensor | None = None,
+    norm: Tensor | MakeNorm | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """The output of an adapted linear layer: ``y = c (x W^T + g s drop(x) A^T M^T B^T) + bias``.
@@ -39,16 +42,21 @@ def adapted_linear(
         W: the base weight (out, in), or a map in its place, when base_out is not given. A map takes no magnitude beside
             a bias, and is not compiled.
         bias: the base layer's bias (out,), which DoRA does not scale.
-        magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), for c = m / norm; both or neither.
+        magnitude, norm: DoRA's m and ``rownorm(W + D)`` (out,), for c = m / norm; both or neither. In place of the norm
+            a function that computes it, which may be given ``W A^T`` (out, r).
         dropout: probability of zeroing an entry of x on the low-rank path, in [0, 1).
 
     Returns:
         (..., out) in the dtype of the base layer's output. Differentiable with respect to every tensor but norm.
     """
     uniform = x.dtype is term.A.dtype and not dropout and autocast_dtype(x.device.type) is None
-    few = magnitude is None or x.numel() <= _FEW_TOKENS * x.shape[-1]
+    few = x.numel() <= _FEW_TOKENS * x.shape[-1]
     # The node's generator needs numbers; without dropout it shows on the meta device what an accelerator would do.
     traced = is_traced() or (dropout and x.is_meta)
+    if norm is not None and uniform and few and not traced and _in_one_pass(x, term, W, magnitude):
+        parts = term.A, term.B, term.scaling, W, bias, magnitude, norm
+        return OnePass.apply(x.reshape(-1, x.shape[-1]), *parts).view(*x.shape[:-1], term.B.shape[0])
+    norm = norm if norm is None or isinstance(norm, Tensor) else norm(None)
     if ((uniform and few) or traced) and not isinstance(W, LinearMap):
         return _composed(x, term, base_out, W, bias, magnitude, norm, dropout)
     A, B, M, gate, scaling = term
@@ -62,6 +70,18 @@ def adapted_linear(
         z = AdaptedLinear.apply(x2, A, B, M, gate, scaling, dropout, z, W, None)
         y = Rescaled.apply(z, magnitude, norm, bias, base_out is None)
     return y.view(*x.shape[:-1], B.shape[0])
+
+
+def _in_one_pass(x: Tensor, term: Term, W: Any, magnitude: Any) -> bool:
+    """Whether `loraloom.update.one_pass` computes the layer: on the CPU, in float32 throughout."""
+    tensors = (x, W, term.A, term.B, magnitude)
+    return (
+        term.M is None
+        and term.gate is None
+        and x.device.type == "cpu"
+        and all(isinstance(t, Tensor) and t.dtype is torch.float32 for t in tensors)
+        and not torch.is_inference_mode_enabled()
+    )
 
 
 def _composed(

@@ -6,9 +6,8 @@ MoSLoRA 2406.11909 (M), WeightLoRA 2506.02724 (g).
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,14 +49,6 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
-def without_autocast(device: str) -> AbstractContextManager:
-    """What is made of weights alone is computed in their dtype: autocast would round it for many batches to come.
-
-    It also refuses to join float16 tensors where its own dtype is bfloat16.
-    """
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
-
-
 def scale(term: Term) -> Tensor | float:
     """``g s``: a float, or with a gate a tensor of the gate's shape."""
     return term.scaling if term.gate is None else term.gate * term.scaling
@@ -70,14 +61,8 @@ def stack(terms: Sequence[Term]) -> Term:
     """
     if len(terms) == 1:
         return terms[0]
-    with without_autocast(terms[0].A.device.type):
-        return _stack(terms)
-
-
-def _stack(terms: Sequence[Term]) -> Term:
-    A = torch.cat([t.A if t.M is None else t.M.to(t.A.dtype) @ t.A for t in terms])
-    B = torch.cat([t.B for t in terms], dim=1)
-    ranks, scalings = tuple(t.A.shape[0] for t in terms), tuple(t.scaling for t in terms)
+    A, B, ranks = _stack_factors([t.A if t.M is None else t.M.to(t.A.dtype) @ t.A for t in terms], [t.B for t in terms])
+    scalings = tuple(t.scaling for t in terms)
     gate = None
     if any(t.gate is not None for t in terms):
         ones = _per_row((1.0,) * len(terms), ranks, A)
@@ -87,6 +72,37 @@ def _stack(terms: Sequence[Term]) -> Term:
         return Term(A, B, None, gate, scalings[0])
     rows = _per_row(scalings, ranks, A)
     return Term(A, B, None, rows if gate is None else gate * rows)
+
+
+def stack_plain(As: list[Tensor], Bs: list[Tensor], scalings: Sequence[float]) -> Term:
+    """:func:`stack` for terms without mixers and gates."""
+    A, B, ranks = _stack_factors(As, Bs)
+    if all(s == scalings[0] for s in scalings):
+        return Term(A, B, None, None, scalings[0])
+    return Term(A, B, None, _per_row(tuple(scalings), ranks, A))
+
+
+def _stack_factors(As: list[Tensor], Bs: list[Tensor]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    ranks = tuple(len(A) for A in As)
+    if is_traced() or len({factor.dtype for factor in (*As, *Bs)}) > 1:
+        return torch.cat(As), torch.cat(Bs, dim=1), ranks
+    return *_Stacked.apply(ranks, *As, *Bs), ranks
+
+
+class _Stacked(torch.autograd.Function):
+    """The As above each other and the Bs side by side; their gradients are rows of two tensors, not many copies."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: tuple[int, ...], *factors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.ranks = ranks
+        return torch.cat(factors[: len(ranks)]), torch.cat(factors[len(ranks) :], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_A: Tensor, grad_B: Tensor) -> tuple:
+        ranks = ctx.ranks
+        if len({*ranks}) > 1:
+            return None, *grad_A.split(ranks), *grad_B.split(ranks, dim=1)
+        return None, *grad_A.split(ranks), *grad_B.unflatten(1, (len(ranks), ranks[0])).movedim(1, 0).contiguous()
 
 
 def _per_row(values: tuple[float, ...], ranks: tuple[int, ...], A: Tensor) -> Tensor:
@@ -107,11 +123,6 @@ def fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
     Exact up to one rounding of each factor in at least float32.
     """
-    with without_autocast(terms[0].A.device.type):
-        return _fold(terms)
-
-
-def _fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(*(factor for term in terms for factor in (term.A, term.B)))
     # Before they are multiplied: terms may all but cancel, and rounding M A would not.
     term = stack(

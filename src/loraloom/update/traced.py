@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.autograd import forward_ad
 
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """True under torch.compile, torch.export, torch.jit.trace and torch.func, and for tensors without numbers.
+    """True under torch.compile, torch.export, torch.jit.trace, torch.func and forward-mode differentiation, and for
+    tensors without numbers.
 
     Args:
         tensors: looked at for being on the meta device.
@@ -17,6 +19,7 @@ def is_traced(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _functorch_is_active()
+        or forward_ad._current_level >= 0
         or any(tensor.is_meta for tensor in tensors)
         or (torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode() is not None)
     )

@@ -3,14 +3,16 @@
 Shapes: W and D (out, in), m and rownorm (out,). Source: DoRA 2402.09353. Nothing else divides by a row norm.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.update import split
-from loraloom.update.terms import Term, compute_dtype, fold, without_autocast
+from loraloom.update.terms import Term, autocast_dtype, compute_dtype, fold
 from loraloom.update.traced import is_traced
 
 # A row whose squared norm is under this share of ||W_i||^2 has cancelled. The expansion of row_norm adds numbers of
@@ -44,7 +46,7 @@ class Update(NamedTuple):
 
     def row_norm(self, W: Tensor, W_squared: Tensor | None = None) -> Tensor:
         """``||W_i + D_i||`` (out,) without forming D, see :func:`row_norm`."""
-        return row_norm(W, *self.factors(), W_squared)
+        return row_norm_of(W, self.terms, W_squared)
 
     def adapted_weight(self, W: Tensor) -> Tensor:
         """W' (out, in), in at least float32."""
@@ -62,7 +64,7 @@ class Update(NamedTuple):
 
 def row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """``c = m / norm`` (out,), and 0 where the norm is 0: a row of zeros stays one, whatever m is."""
-    return magnitude / norm.masked_fill(norm == 0, float("inf"))
+    return magnitude / F.threshold(norm, 0.0, math.inf)
 
 
 def squared_row_norm(W: Tensor) -> Tensor:
@@ -71,10 +73,17 @@ def squared_row_norm(W: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_norm(W: Tensor, A: Tensor, B: Tensor, W_squared: Tensor | None = None) -> Tensor:
-    """``||W_i + (B A)_i||`` for each row, without forming B A.
+def row_norm(
+    W: Tensor,
+    A: Tensor,
+    B: Tensor,
+    W_squared: Tensor | None = None,
+    scaling: float = 1.0,
+    W_A: Tensor | None = None,
+) -> Tensor:
+    """``||W_i + s (B A)_i||`` for each row, without forming B A.
 
-    ||W + B A||^2 = ||W||^2 + 2 rowsum((W A^T) * B) + rowsum((B (A A^T)) * B),
+    ||W + s B A||^2 = ||W||^2 + s rowsum((2 W A^T + s B (A A^T)) * B),
 
     which costs O(out in r) in place of O(out in r) plus three passes over an (out, in) temporary. The expansion has
     lost its digits where a row all but cancels; those rows are added up and measured. An accelerator or a compiler must
@@ -82,32 +91,44 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, W_squared: Tensor | None = None) -
 
     Args:
         W: base weight (out, in).
-        A, B: folded factors (r, in) and (out, r), see :func:`loraloom.update.terms.fold`.
+        A, B: factors (r, in) and (out, r).
         W_squared: :func:`squared_row_norm` of W (out,), where it is known.
+        scaling: s.
+        W_A: ``W A^T`` (out, r) where it is known.
 
     Returns:
         (out,) in at least float32, without gradient: to DoRA the norm is a constant. 0 for a row of zeros. Divide by it
         with :func:`row_scale`.
     """
-    with without_autocast(W.device.type):
-        return _row_norm(W, A, B, W_squared)
-
-
-def _row_norm(W: Tensor, A: Tensor, B: Tensor, W_squared: Tensor | None) -> Tensor:
     dtype = compute_dtype(A, B)
     W_squared = squared_row_norm(W) if W_squared is None else W_squared
-    # 2 W A^T + B (A A^T), times B: both terms at once.
-    squared = W_squared + torch.addmm(_times_transposed(W, A), B, A @ A.T, beta=2).mul_(B).sum(dim=1)
+    W_A = _times_transposed(W, A) if W_A is None else W_A
+    sums = torch.addmm(W_A, B, A @ A.T, beta=2, alpha=scaling).mul_(B).sum(dim=1)
+    squared = torch.add(W_squared, sums, alpha=scaling)
     if W.device.type == "cpu" and not is_traced(W, A):
-        rows = (squared < _CANCELLED * W_squared).nonzero()[:, 0]
-        norm = squared.clamp_min_(0).sqrt_()
-        if not len(rows):
+        share = squared / W_squared
+        norm = squared.sqrt_()
+        if share.min().item() > _CANCELLED:
             return norm
+        rows = (share > _CANCELLED).logical_not_().nonzero()[:, 0]  # NaN is 0 / 0, a row of zeros
     else:
         norm = torch.maximum(squared, torch.finfo(dtype).eps * W_squared).sqrt_()
         rows = (squared / W_squared).topk(min(_DIRECT_ROWS, W.shape[0]), largest=False).indices
-    blocks = [torch.linalg.vector_norm(torch.addmm(W[i].to(dtype), B[i], A), dim=1) for i in rows.split(1024)]
+    blocks = [
+        torch.linalg.vector_norm(torch.addmm(W[i].to(dtype), B[i], A, alpha=scaling), dim=1) for i in rows.split(1024)
+    ]
     return norm.index_copy(0, rows, (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).to(norm.dtype))
+
+
+def row_norm_of(W: Tensor, terms: Sequence[Term], W_squared: Tensor | None = None, W_A: Tensor | None = None) -> Tensor:
+    """:func:`row_norm` for D = the sum of the terms; W_A is used where there is one term without a mixer."""
+    if autocast_dtype(W.device.type) is not None:  # it would round W A^T
+        with torch.autocast(W.device.type, enabled=False):
+            return row_norm_of(W, terms, W_squared, W_A)
+    A, B, M, gate, scaling = terms[0]
+    if len(terms) == 1 and M is None and gate is None and compute_dtype(A) is A.dtype is B.dtype:
+        return row_norm(W, A, B, W_squared, scaling, W_A)
+    return row_norm(W, *fold(terms), W_squared)
 
 
 def _times_transposed(W: Tensor, A: Tensor) -> Tensor:

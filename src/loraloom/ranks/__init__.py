@@ -1,1 +1,0 @@
-"""Ranks chosen before training, from gradients of the base model."""
