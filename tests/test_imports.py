@@ -18,7 +18,7 @@ FLOORS = [
     {"update"},
     {"tuner", "optim", "io", "card"},
     {"adapter"},
-    {"export", "combine", "shrink", "extract", "merge", "intruders", "composition", "selection"},
+    {"export", "ranks", "combine", "shrink", "extract", "merge", "intruders", "composition", "selection"},
     {"training", "report"},
     {"cli"},
 ]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from loraloom import __version__
 from loraloom.cli.main import VERBS
@@ -14,7 +15,7 @@ from loraloom.training.load import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
@@ -53,6 +54,8 @@ def test_the_verbs_are_those_of_the_command_line():
 
 def test_the_citation_has_the_packages_version():
     assert f"version = {{{__version__}}}" in "".join(blocks("bibtex"))
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_shell_commands_are_targets_of_the_makefile():

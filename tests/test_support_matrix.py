@@ -153,13 +153,6 @@ def mixed_batch_in_training() -> None:
     model(torch.randn(2, 4), adapter_names=["default", "__base__"])
 
 
-def differentiate_twice() -> None:
-    model = adapt(nn.Linear(4, 4), lora_dropout=0.5).train()
-    x = torch.randn(2, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    gradient.sum().backward()
-
-
 def merged_mixed_batch() -> None:
     model = adapt(nn.Linear(4, 4)).eval()
     model.merge_adapter()
@@ -177,7 +170,6 @@ REFUSED = {
         nn.Linear(4, 2), r=3, init_lora_weights="pissa"
     ),
     "`adapter_names` in train mode": mixed_batch_in_training,
-    "second derivatives, with dropout or mixed dtypes, or a magnitude on many tokens": differentiate_twice,
     "merged layers with `adapter_names`": merged_mixed_batch,
 }
 

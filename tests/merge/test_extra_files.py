@@ -4,6 +4,7 @@ import pytest
 
 from loraloom.errors import InputError
 from loraloom.merge.extra_files import other_files
+from tests.refusals import coded
 
 
 def files(folder, out):
@@ -34,7 +35,7 @@ def test_a_link_out_of_the_base_is_refused_and_one_within_is_copied(base, tmp_pa
     assert files(base, base / "out") == WANTED | {"again.json"}
     (tmp_path / "secret").write_text("secret")
     (base / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=r"notes\.txt is a link to .*secret") as error:
+    with pytest.raises(InputError, check=coded("link", "notes.txt")) as error:
         files(base, base / "out")
     assert error.value.code == "link"
 

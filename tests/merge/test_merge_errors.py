@@ -73,7 +73,7 @@ def test_adapters_of_another_kind_or_base(pico_llama_dir, adapter, tmp_path):
     [
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
-        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"target_parameters": ["experts"]}, "have no place"),
     ],
 )
 def test_peft_adapters_whose_update_is_not_in_the_file(pico_llama_dir, tmp_path, changes, match):
@@ -143,8 +143,7 @@ def test_quantised_bases_of_other_kinds(pico_llama_dir, adapter, tmp_path):
     refused("is not quantised", [adapter], base, tmp_path / "out", base_precision="dequantised")
     refused("'other'; expected original or", [adapter], base, tmp_path / "out", base_precision="other")
     configured(base, quantization_config={"quant_method": "awq"})
-    configured(adapter, base_model_name_or_path="meta/llama")
-    refused(r"quantised by awq.*trained on meta/llama", [adapter], base, tmp_path / "out")
+    refused(r"quantised by awq, in a format that is not read", [adapter], base, tmp_path / "out")
 
 
 def test_tied_heads_of_unknown_name(pico_bert_dir, tmp_path):

@@ -118,12 +118,20 @@ def test_any_points_stay_inside(points, connected):
 
 
 @given(
-    st.lists(st.tuples(values, st.floats(0, 1e5), st.lists(values, max_size=3)), min_size=1, max_size=5), st.booleans()
+    st.lists(st.tuples(values, st.floats(0, 1e5), st.lists(values, max_size=3)), min_size=1, max_size=5),
+    st.booleans(),
+    st.none() | values,
 )
-def test_any_bars_stay_inside(rows, from_zero):
+def test_any_bars_stay_inside(rows, from_zero, whole):
     numbers, errors, samples = ([*column] for column in zip(*rows, strict=True))
     labels = [str(i) for i in range(len(rows))]
-    check_inside(Bars("v", labels, numbers, errors, from_zero=from_zero, samples=samples))
+    check_inside(Bars("v", labels, numbers, errors, from_zero=from_zero, samples=samples, whole=whole))
+
+
+@pytest.mark.parametrize(("whole", "width"), [(1.0, "50%"), (None, "100%"), (0.25, "100%")])
+def test_a_bar_is_a_share_of_the_whole(whole, width):
+    bar = drawn(Bars("accuracy", ["a"], [0.5], whole=whole)).find(".//rect[@class='s0']")
+    assert bar.get("width") == width
 
 
 def test_a_cell_for_every_value():

@@ -18,6 +18,7 @@ from loraloom.optim import GaLore, state_bytes
 from loraloom.training import fit
 from loraloom.training.evaluate import evaluate_saved
 from loraloom.training.load import dump_config
+from tests.refusals import coded
 
 from .support import assert_equal_weights, elsewhere, weights, with_method, with_optimizer, with_training
 
@@ -158,7 +159,7 @@ def test_what_it_cannot_honor_is_one_line(causal, keys, message):
 
 
 def test_a_rank_of_galore_for_another_optimizer_is_an_error(causal):
-    with pytest.raises(InputError, match="optimizer 'adamw' can't honor rank=4; these can: galore"):
+    with pytest.raises(InputError, check=coded("optimizer", "adamw")):
         fit.train(with_optimizer(with_method(causal, "full"), rank=4))
 
 

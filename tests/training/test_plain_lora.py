@@ -30,18 +30,39 @@ except ImportError:
     pass
 else:
     raise SystemExit("loraloom is there")
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
-assert model.peft_config["default"].peft_type == "LORA"
-torch.save(model(torch.arange(10, 22).reshape(2, 6)).logits.detach(), sys.argv[3])
+for line in sys.stdin:
+    name, folder, out = line.split("\\t")
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder).eval()
+    assert model.peft_config["default"].peft_type == "LORA"
+    torch.save(model(torch.arange(10, 22).reshape(2, 6)).logits.detach(), out.rstrip())
+    print("saved", flush=True)
 """
 
 
-def logits_without_loraloom(base, folder, tmp_path):
-    arguments = [sys.executable, "-c", WITHOUT, str(base), str(folder), str(tmp_path / "logits.pt")]
-    result = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    return torch.load(tmp_path / "logits.pt")
+@pytest.fixture(scope="module")
+def logits_without_loraloom(tmp_path_factory):
+    """A function of a base model and an adapter's folder: the logits in a process where importing loraloom raises."""
+    folder = tmp_path_factory.mktemp("stock")
+    log, out = folder / "log.txt", folder / "logits.pt"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", WITHOUT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=folder,
+        ) as process,
+    ):
+
+        def logits(base, adapter):
+            print(base, adapter, out, sep="\t", file=process.stdin, flush=True)
+            assert process.stdout.readline() == "saved\n", log.read_text()
+            return torch.load(out)
+
+        yield logits
 
 
 def logits(config, folder):
@@ -61,7 +82,7 @@ def run(causal, name, **keys):
     [("lora", {}), ("lora", {"use_rslora": True}), ("dora", {}), ("lora", {"rank_pattern": {"q_proj": 2}})],
     ids=["lora", "rslora", "dora", "ranks"],
 )
-def test_a_lora_run_loads_in_peft_without_loraloom(causal, tmp_path, name, keys):
+def test_a_lora_run_loads_in_peft_without_loraloom(causal, logits_without_loraloom, name, keys):
     config, result = run(causal, name, **keys)
     folder = Path(config.output.dir)
     saved = json.loads((folder / "adapter_config.json").read_text())
@@ -72,7 +93,7 @@ def test_a_lora_run_loads_in_peft_without_loraloom(causal, tmp_path, name, keys)
     assert "import loraloom" not in (folder / "README.md").read_text()
     expected, _ = logits(config, folder)
     # Another process may take other instructions for the same float32 sums.
-    torch.testing.assert_close(logits_without_loraloom(config.model.name, folder, tmp_path), expected)
+    torch.testing.assert_close(logits_without_loraloom(config.model.name, folder), expected)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +101,14 @@ def test_a_lora_run_loads_in_peft_without_loraloom(causal, tmp_path, name, keys)
     [("moslora", {}), ("weightlora", {}), ("lora", {"init_lora_weights": "pissa"})],
     ids=["moslora", "weightlora", "pissa"],
 )
-def test_another_run_has_a_portable_copy(causal, tmp_path, name, keys):
+def test_another_run_has_a_portable_copy(causal, logits_without_loraloom, name, keys):
     config, result = run(causal, name, **keys)
     folder = Path(config.output.dir)
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LOOM"
     assert result.not_portable is None
     assert "import loraloom" in (folder / "README.md").read_text()
     expected, base = logits(config, folder)
-    actual = logits_without_loraloom(config.model.name, folder / "portable", tmp_path)
+    actual = logits_without_loraloom(config.model.name, folder / "portable")
     # Factors and their scale are multiplied in another order.
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(actual, base, rtol=1e-4, atol=1e-5)

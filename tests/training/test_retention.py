@@ -14,6 +14,7 @@ from loraloom.training import fit
 from loraloom.training.data import RunData, load_data
 from loraloom.training.model import load_processor
 from loraloom.training.retention import FrozenProbe, load_retention
+from tests.refusals import coded
 
 from .support import assert_equal_weights, elsewhere, weights, with_training
 
@@ -101,6 +102,6 @@ def test_a_limit_and_a_mistake(classification, animal_rows, tmp_path):
     assert len(data.train) == len(data.test) == 10
     assert load_retention(classification.data, "text-classification") is None
     missing = with_retention(classification, tmp_path / "no.jsonl")
-    with pytest.raises(InputError, match=r"data\.retention: .*no\.jsonl"):
+    with pytest.raises(InputError, check=coded("retention", "data.retention", "no.jsonl")):
         fit.train(missing)
     assert load_data(few, "text-classification").train.column_names == ["text", "label"]

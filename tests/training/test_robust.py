@@ -15,6 +15,7 @@ from loraloom.training.checkpoints import COMPLETE
 from loraloom.training.evaluate import evaluate_saved
 from loraloom.training.load import load_config
 from loraloom.training.result import LOCK
+from tests.refusals import coded
 
 from .support import assert_equal_weights, assert_error, elsewhere, weights, with_method, with_training
 
@@ -138,7 +139,7 @@ def test_no_is_a_word_in_yaml(tmp_path):
     assert config.training["save_strategy"] == config.training["eval_strategy"] == "no"
     assert config.output.overwrite is True
     path.write_text("output: {overwrite: yes}")
-    with pytest.raises(InputError, match="write true or false"):
+    with pytest.raises(InputError, check=coded("option-value")):
         load_config(path)
 
 

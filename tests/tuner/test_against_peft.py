@@ -59,6 +59,23 @@ def test_from_lora_has_pefts_outputs_and_gradients(kind, variant):
     assert_same_function_and_gradients(theirs.train(), ours.train(), make_input(kind))
 
 
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_second_derivatives_are_pefts(dora, kind):
+    """On more tokens than the nodes by hand begin at, and on a 4-bit weight in training."""
+    pair = pair_with_peft(lambda: make_base(kind), lora_config(use_dora=dora))
+    x = make_input(kind).repeat(1, 40, 1)
+    found = []
+    for model in pair:
+        inputs = [x.clone().requires_grad_(), *(p for p in model.train().parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(model(inputs[0]).square().mean(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs))
+    theirs, ours = found
+    assert len(ours) == (4 if dora else 3)
+    for expected, value in zip(theirs, ours, strict=True):
+        assert_near(value, expected, factor=10)
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_bf16_base_with_float32_adapters_is_as_near_to_exact_as_peft(dora):
     """PEFT rounds elsewhere, so both are held against float64: ours at most twice theirs and one bf16 rounding."""

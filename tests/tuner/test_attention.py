@@ -73,3 +73,9 @@ def test_widths_that_differ_are_refused():
     with pytest.raises(InputError) as raised:
         get_peft_model(Attends(kdim=8, vdim=4), LoomConfig(r=2, target_modules=["attention"]))
     assert raised.value.code == "attention-widths"
+
+
+def test_dropout_is_refused():
+    with pytest.raises(InputError) as raised:
+        get_peft_model(base(), LoomConfig(target_modules=["attention"], lora_dropout=0.1))
+    assert raised.value.code == "parameter-option"

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from loraloom import slow_down, speed_up
 from loraloom.tuner.speed_up import FastLora
+from tests.refusals import coded
 from tests.tuner.speed_up_support import assert_same, base_of, input_of, layer_of, pair
 from tests.tuner.support import Pair, Toy, nf4_llama, randomise
 from tests.tuner.trainer import ARGUMENTS, SENTENCES, tokens
@@ -302,6 +303,6 @@ def test_a_sharded_class_says_how_to_slow_down():
     speed_up(model)
     layer = model.base_model.model.first
     layer.__class__ = type("FSDPLinear", (torch.nn.Identity, type(layer)), {})
-    with pytest.raises(ValueError, match="sharding") as excinfo:
+    with pytest.raises(ValueError, check=coded("slow-down-after-sharding")) as excinfo:
         slow_down(model)
     assert excinfo.value.code == "slow-down-after-sharding"

@@ -220,6 +220,24 @@ def test_second_derivatives(mixer, gate, dora, bias, through, dropout):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_the_gradient_that_can_be_differentiated_is_the_same(dora, monkeypatch):
+    """bf16 input, and dropout that is drawn in blocks."""
+    monkeypatch.setattr(node, "_BLOCK_ROWS", 2)
+    x, W, term, magnitude, norm, _ = tensors(True, True, dora, False, torch.float32)
+    x, W = (t.detach().to(torch.bfloat16).requires_grad_() for t in (x, W))
+    parts = [t for t in (x, term.A, term.B, term.M, term.gate, magnitude) if t is not None]
+
+    def run(create_graph):
+        torch.manual_seed(2)
+        output = ours(x, W, term, magnitude, norm, None, dropout=0.5)
+        return torch.autograd.grad(output.float().square().sum(), parts, create_graph=create_graph)
+
+    for twice, once in zip(run(True), run(False), strict=True):
+        assert_near(twice, once, torch.bfloat16)
+        assert once.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_nothing_of_the_inputs_size_is_saved_in_another_dtype(dora):
     """bf16 base and input, float32 adapters: x is saved as it is, and beside it only h, and z for DoRA."""
     tokens, width, rank = 32, 64, 4

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from loraloom.adapter.experts import ExpertPlaces
 from loraloom.errors import InputError
-from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
+from loraloom.io.checkpoint import Checkpoint, locate, read_json
+from loraloom.io.quantized.checkpoint import open_base
 
 if TYPE_CHECKING:
     from loraloom.adapter.protocol import Adapter
@@ -24,25 +27,33 @@ class BaseWeights:
     """The base weights of an adapter's modules, read when they are asked for.
 
     Attributes:
-        keys: for each of the adapter's modules the name of its weight in the base, None where there is none.
+        keys: for each of the adapter's modules the name of its weight in the base, None where there is none; for an
+            expert of the first tensor that holds it.
+        experts: those of the modules that are experts.
         checkpoint: the base's tensors.
     """
 
     def __init__(self, path_or_id: str | Path, adapter: "Adapter") -> None:
         folder = locate(path_or_id)
-        self.checkpoint = open_checkpoint(folder)
         config = folder / "config.json"
         self._config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        self.checkpoint = open_base(folder, self._config)
         self._adapter = adapter
-        self.keys = base_keys(adapter.modules, self.checkpoint)
+        self.experts = {name: module.expert for name, module in adapter.modules.items() if module.expert is not None}
+        self._places = ExpertPlaces(self.checkpoint, self._config)
+        self.keys = base_keys((name for name in adapter.modules if name not in self.experts), self.checkpoint)
+        self.keys |= {name: next(iter(self._places.keys(expert)), None) for name, expert in self.experts.items()}
 
     def transposed(self, module: str) -> bool:
         """Whether the module's weight is stored as W^T.
 
         Raises:
-            InputError: its shape is not that of the update, or it is quantised.
+            InputError: its shape is not that of the update, or it is stored as integers.
         """
         key = self._key(module)
+        if module in self.experts:
+            self._places.of(self.experts[module], self._adapter.modules[module].shape)
+            return False
         shape, dtype = self.checkpoint.shape(key), self.checkpoint.dtype(key)
         if not dtype.is_floating_point or dtype.itemsize == 1:  # float8 has scales of its own
             raise InputError(
@@ -52,6 +63,10 @@ class BaseWeights:
 
     def matrix(self, module: str) -> Tensor:
         """The module's weight as W (out, in), in its stored dtype."""
+        if module in self.experts:
+            self._key(module)
+            places = self._places.of(self.experts[module], self._adapter.modules[module].shape)
+            return torch.cat([place.read(self.checkpoint) for place in places])
         return as_matrix(self.checkpoint.tensor(self._key(module)), self.transposed(module))
 
     def is_embedding(self, module: str) -> bool:

@@ -79,8 +79,9 @@ def base_findings(adapter: StoredAdapter, base: BaseWeights) -> list[Finding]:
             shapes.append((module, str(error)))
     if shapes:
         found.append(Finding("error", "shape", f"{shapes[0][1]} ({len(shapes)} in all)", [m for m, _ in shapes]))
-    counts = Counter(key for key in base.keys.values() if key is not None)
-    same = [module for module, key in base.keys.items() if key is not None and counts[key] > 1]
+    alone = {module: key for module, key in base.keys.items() if key is not None and module not in base.experts}
+    counts = Counter(alone.values())
+    same = [module for module, key in alone.items() if counts[key] > 1]
     if same:
         found.append(_error("duplicate", "resolve to a base weight that another module resolves to as well", same))
     return found
@@ -97,12 +98,14 @@ def config_findings(adapter: StoredAdapter) -> list[Finding]:
         example = f"{wrong[0]} has rank {first.rank}, the configuration says {first.config_rank}"
         found.append(_error("rank", f"have another rank, so loading fails or the scale is wrong: {example}", wrong))
     for name in ("rank_pattern", "alpha_pattern"):
-        stale = [k for k in config.get(name) or {} if not any(pattern_value({k: 1}, m, 0) for m in adapter.modules)]
+        named = {module.pattern_name for module in adapter.modules.values()}
+        stale = [k for k in config.get(name) or {} if not any(pattern_value({k: 1}, m, 0) for m in named)]
         if stale:
             found.append(_warning("pattern", f"of {name} match no adapted module", stale))
     # With ensure_weight_tying PEFT also adapts the tied twin of a target.
     tied = bool(config.get("ensure_weight_tying"))
-    unreached = [module for module in adapter.modules if not tied and not _is_target(config, module)]
+    ordinary = [name for name, module in adapter.modules.items() if module.expert is None]
+    unreached = [module for module in ordinary if not tied and not _is_target(config, module)]
     if unreached:
         why = "have tensors, but target_modules, exclude_modules or layers_to_transform leave them out: PEFT drops them"
         found.append(_error("target", why, unreached))
@@ -156,6 +159,8 @@ def _other_findings(adapter: StoredAdapter) -> list[Finding]:
 def _is_target(config: dict[str, Any], module: str) -> bool:
     """Whether PEFT would adapt the module, by its rules for names and layer indices."""
     excluded, targets, layers = (config.get(k) for k in ("exclude_modules", "target_modules", "layers_to_transform"))
+    if any(_ends_with(f"{module}.weight", name) for name in config.get("target_parameters") or []):
+        return True
     if isinstance(excluded, str) and matches(excluded, module, whole=True):
         return False
     if isinstance(excluded, list) and any(_ends_with(module, name) for name in excluded):

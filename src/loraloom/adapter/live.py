@@ -134,6 +134,12 @@ class LiveAdapter(Adapter):
         self.config = _plain(asdict(model.peft_config[name]))
         self.kind = str(self.config["peft_type"])
         check_config(self.config, self.where)
+        if parameters := self.config.get("target_parameters"):
+            raise InputError(
+                f"{self.where} has target_parameters ({', '.join(parameters)}), which is one update per expert of a "
+                "mixture: save it, and use the file",
+                code="parameter-adapter",
+            )
         prevent_cpu_repacking(model)
         base: Any = model.base_model
         self.modules = {}

@@ -107,8 +107,14 @@ class MadeReport:
 
 
 def check_no_magnitude(modules: Mapping[str, AdaptedModule], where: str, verb: str) -> None:
-    """Raises InputError where an update is more than ``s B M A``: DoRA's magnitude, a bias."""
+    """Raises InputError where an update is more than ``s B M A`` of one matrix: DoRA's magnitude, a bias, experts."""
     for name, module in modules.items():
+        if module.expert is not None:
+            raise InputError(
+                f"{where}: {name} is one of the experts of {module.expert.parameter}, which {verb} does not take; "
+                "loraloom merge does",
+                code="experts",
+            )
         for part, what in (("magnitude", "a DoRA magnitude"), ("bias", "a bias"), ("member_bias", "biases of members")):
             if part in module.shapes():
                 raise InputError(

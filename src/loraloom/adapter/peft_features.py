@@ -102,11 +102,7 @@ COMMON: dict[str, Feature] = {
     "lora_dropout": Feature(NUMBER),
     "target_modules": Feature(NAMES),
     "exclude_modules": Feature(NAMES),
-    "target_parameters": Feature(
-        NAME_LIST,
-        Effect.OTHER_FUNCTION,
-        "whose update is one per expert of a mixture: merge it with PEFT's merge_and_unload",
-    ),
+    "target_parameters": Feature(NAME_LIST),
     "layers_to_transform": Feature(LAYERS),
     "layers_pattern": Feature(NAMES),
     "rank_pattern": Feature(RANKS),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraloom.adapter.experts import Expert
 from loraloom.errors import InputError
 from loraloom.update.composition import LayerComposition
 from loraloom.update.terms import Term, fold
@@ -29,11 +30,13 @@ class AdaptedModule(ABC):
         name: of the module, in the base model.
         scaling: s, without the gate.
         composition: which rows of A are whose, for a composition.
+        expert: which matrix of a parameter it is, for an expert of a mixture.
     """
 
     name: str
     scaling: float
     composition: LayerComposition | None = None
+    expert: Expert | None = None
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:

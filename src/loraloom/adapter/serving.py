@@ -63,7 +63,9 @@ def features(adapter: Adapter) -> dict[str, str]:
     if any({"bias", "member_bias"} & module.shapes().keys() for module in modules):
         found["lora_bias"] = "adds to biases"
     for module in modules:
-        if module.kernel:
+        if module.expert is not None:
+            found.setdefault("experts", f"adapts the experts of {module.expert.parameter}")
+        elif module.kernel:
             found.setdefault("convolution", f"{module.name} is a convolution")
         elif module.embedding:
             feature = "tied_embedding" if config.get("ensure_weight_tying") else "embedding"

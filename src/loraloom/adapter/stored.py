@@ -10,6 +10,7 @@ import regex
 import torch
 from torch import Tensor
 
+from loraloom.adapter.experts import Expert, wrapped_parameters
 from loraloom.adapter.peft_features import TRAINING_ONLY, check_config
 from loraloom.adapter.protocol import AdaptedModule, Adapter, Parts
 from loraloom.errors import InputError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out", "decoder")
+_MOST_EXPERTS = 4096
 _SECONDS = 0.5  # for one match of an expression that a file brings
 
 
@@ -31,27 +33,39 @@ class StoredModule(AdaptedModule):
     """One module of an adapter on disk. Every call reads the tensors again.
 
     Attributes:
-        tensors: part -> name of its tensor.
+        tensors: part -> name of its tensor; the experts of a parameter share them.
+        pattern_name: what the patterns of the configuration are matched against.
     """
 
-    def __init__(self, adapter: "StoredAdapter", name: str, tensors: dict[str, str]) -> None:
-        self.name, self.tensors = name, tensors
+    def __init__(
+        self, adapter: "StoredAdapter", name: str, tensors: dict[str, str], expert: Expert | None = None
+    ) -> None:
+        self.name, self.tensors, self.expert = name, tensors, expert
         self._adapter = adapter
         config = adapter.config
-        r = pattern_value(config.get("rank_pattern"), name, config.get("r", 8))
-        alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        self.pattern_name = name if expert is None else expert.parameter
+        r = pattern_value(config.get("rank_pattern"), self.pattern_name, config.get("r", 8))
+        alpha = pattern_value(config.get("alpha_pattern"), self.pattern_name, config.get("lora_alpha", 8))
         self.scaling = scaling(r, alpha, bool(config.get("use_rslora")))
         self.config_rank: int = r
         """The rank that the configuration says, which :attr:`rank` has to be."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {part: self._adapter.checkpoint.shape(key) for part, key in self.tensors.items()}
+        stored = {part: self._adapter.checkpoint.shape(key) for part, key in self.tensors.items()}
+        return stored if self.expert is None else {p: self.expert.shape(p, shape) for p, shape in stored.items()}
 
     @property
     def where(self) -> str:
         return f"{self.name} of {self._adapter.where}"
 
+    @property
+    def place(self) -> str:
+        """The module that the file says its factors are of."""
+        return split_name(self.tensors["A"], self._adapter.kind)[0]
+
     def unchecked_parts(self) -> Parts:
+        if self.expert is not None:
+            return self.expert.share(self._adapter.shared_parts(self.tensors))
         read = dict(self._adapter.checkpoint.tensors([*self.tensors.values()]))
         return {part: read[key] for part, key in self.tensors.items()}
 
@@ -62,6 +76,8 @@ class StoredModule(AdaptedModule):
 
     @property
     def embedding(self) -> bool:
+        if self.expert is not None:
+            return False
         if self._adapter.kind == "LORA":
             return LORA_EMBEDDING["A"] in self.tensors["A"]
         from loraloom.adapter.base import looks_like_embedding
@@ -73,7 +89,8 @@ class StoredModule(AdaptedModule):
         composition = self._adapter.composition
         if composition is None or self.name not in composition.ranks:
             raise InputError(
-                f"{self._adapter.path / CONFIG} does not say which members {self.name} has: compose the adapter again"
+                f"{self._adapter.path / CONFIG} does not say which members {self.name} has: compose the adapter again",
+                code="members",
             )
         return LayerComposition(composition, self.name)
 
@@ -121,12 +138,44 @@ class StoredAdapter(Adapter):
                         f"{path}: {key} is stored as {dtype}; expected a floating point of 16 bits or more",
                         code="dtype",
                     )
-        self.modules = {module: StoredModule(self, module, parts) for module, parts in found.items()}
+        parameters = wrapped_parameters(config, found, str(path))
+        self.modules = {}
+        for module, parts in found.items():
+            self.modules |= (
+                self._experts(parameters[module], parts)
+                if module in parameters
+                else {module: StoredModule(self, module, parts)}
+            )
+        self._shared: tuple[str, Parts] | None = None
         self.twins: dict[str, StoredModule] = {}
         self.twice: set[str] = set()
         self._drop_wrapped()
         if config.get("ensure_weight_tying"):
             self._drop_twins()
+
+    def _experts(self, parameter: str, parts: dict[str, str]) -> dict[str, StoredModule]:
+        """A module for each expert of a parameter."""
+        A, B = (self.checkpoint.shape(parts[part]) for part in ("A", "B"))
+        r = pattern_value(self.config.get("rank_pattern"), parameter, self.config.get("r", 8))
+        count = A[0] // r if A else 0
+        if (len(A), len(B)) != (2, 2) or A[0] != count * r or B[1] != A[0] or not 0 < count <= _MOST_EXPERTS:
+            raise InputError(
+                f"{self.path}: the factors of {parameter} are {list(A)} and {list(B)}; expected (experts * {r}, in) "
+                f"and (out, {r} * experts) with rank {r}",
+                code="rank",
+            )
+        experts = [Expert(parameter, index, count) for index in range(count)]
+        if count == 1 and parameter.endswith(".weight"):
+            name = parameter.removesuffix(".weight")
+            return {name: StoredModule(self, name, parts)}
+        return {expert.name: StoredModule(self, expert.name, parts, expert) for expert in experts}
+
+    def shared_parts(self, tensors: dict[str, str]) -> Parts:
+        """What the experts of a parameter share. Those read last are kept: the other experts ask next."""
+        if self._shared is None or self._shared[0] != tensors["A"]:
+            read = dict(self.checkpoint.tensors([*tensors.values()]))
+            self._shared = tensors["A"], {part: read[key] for part, key in tensors.items()}
+        return self._shared[1]
 
     def _drop_wrapped(self) -> None:
         """With a resized vocabulary PEFT saves modules_to_save again, with what they were: NAME.weight says it all."""

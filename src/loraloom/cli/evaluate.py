@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     """Evaluate, and show or print the metrics."""
     command: Evaluate = parse("evaluate", Evaluate, arguments)
     if command.folder is None:
-        raise InputError("evaluate needs the folder of a finished run")
+        raise InputError("evaluate needs the folder of a finished run", code="usage")
     quiet_libraries()
     console = command.console()
     with console.status("Loading PyTorch and transformers"):

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     """Export, and show or print the report."""
     command: Export = parse("export", Export, arguments)
     if command.adapter is None or command.out is None:
-        raise InputError("export needs the folder of an adapter, and --out with the folder to write")
+        raise InputError("export needs the folder of an adapter, and --out with the folder to write", code="usage")
     console = command.console()
     with console.status("Loading PyTorch"):
         from loraloom.export.export import export_adapter

@@ -18,8 +18,8 @@ class Init(Output):
     """Write a commented RUN.yaml to start from."""
 
     task: tyro.conf.Positional[str] = "text-classification"
-    """text-classification, multi-label, text-regression, token-classification, seq2seq-lm, causal-lm, preference or
-    image-classification."""
+    """text-classification, multi-label, text-regression, token-classification, seq2seq-lm, causal-lm, preference,
+    image-classification or vision-language."""
     out: Path = Path("RUN.yaml")
     """The file to write; it must be new."""
 

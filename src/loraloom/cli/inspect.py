@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     command: Inspect = parse("inspect", Inspect, arguments)
     if command.adapter is None:
-        raise InputError("inspect needs the folder of an adapter")
+        raise InputError("inspect needs the folder of an adapter", code="usage")
     console = command.console()
     with console.status("Loading PyTorch"):
         from loraloom.adapter.inspect import inspect_adapter
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(inspection.to_dict()))
     if inspection.errors:
         more = f" (and {len(inspection.errors) - 1} more errors)" if len(inspection.errors) > 1 else ""
-        raise RunFailedError(f"{command.adapter}: {inspection.errors[0].message}{more}")
+        raise RunFailedError(f"{command.adapter}: {inspection.errors[0].message}{more}", code="findings")
 
 
 def show(inspection: "Inspection", console: Console, layers: Literal["all"] | int) -> None:

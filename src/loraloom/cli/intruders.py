@@ -43,6 +43,8 @@ class Intruders(Saving):
     sweep: str | None = None
     """Scales to compare, such as 0.5,0.7,0.9. Of a run of loraloom train also the task and data.retention are measured
     at each, with the model."""
+    rewind: bool = False
+    """--sweep: also W + t dW at the same numbers, the control: does scaling intruders keep more for the same task?"""
     overwrite: bool = False
     """--out: replace the folder if it is there."""
 
@@ -51,11 +53,13 @@ def main(arguments: Sequence[str]) -> None:
     """Find, write or compare, and show or print the result."""
     command: Intruders = parse("intruders", Intruders, arguments)
     if command.adapter is None:
-        raise InputError("intruders needs the folder of an adapter")
+        raise InputError("intruders needs the folder of an adapter", code="usage")
     if command.out is not None and command.sweep is not None:
-        raise InputError("--out writes one scale, --sweep compares several: choose one of them")
+        raise InputError("--out writes one scale, --sweep compares several: choose one of them", code="exclusive")
+    if command.rewind and command.sweep is None:
+        raise InputError("--rewind goes with --sweep: give the scales", code="rewind")
     if command.push is not None and command.out is None:
-        raise InputError("--push uploads what --out writes: give both")
+        raise InputError("--push uploads what --out writes: give both", code="usage")
     typed = shlex.join(["loraloom", "intruders", *arguments])
     scales = None if command.sweep is None else _scales(command.sweep)
     console = command.console()
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
             found = _find(command, typed, console)
             result = found.to_dict()
     except ValueError as error:  # of an option, from the library
-        raise InputError(str(error)) from error
+        raise InputError(str(error), code="intruders") from error
     console.print(found.table())
     console.print(_summary(found), highlight=False, soft_wrap=True)
     if scales is not None:
@@ -122,7 +126,7 @@ def _sweep(command: Intruders, scales: list[float], console: Console) -> "SweepR
         from loraloom.intruders.stored import sweep_stored
     assert command.adapter is not None
     options: dict[str, Any] = {"top_k": command.top_k, "epsilon": command.epsilon}
-    options |= {"scope": command.scope, "rank": command.rank}
+    options |= {"scope": command.scope, "rank": command.rank, "rewind": command.rewind}
     with progress_on(console) as progress:
         swept = sweep_stored(command.adapter, scales, command.base, progress=progress, **options)
     if not _is_run(command.adapter):
@@ -130,7 +134,7 @@ def _sweep(command: Intruders, scales: list[float], console: Console) -> "SweepR
     quiet_libraries()
     with console.status("Loading PyTorch and transformers"):
         from loraloom.training.evaluate import sweep_saved
-    with console.status(f"Evaluating {len(scales)} scales"):
+    with console.status(f"Evaluating {len(swept.points)} scales"):
         measured = sweep_saved(Path(command.adapter), scales, **options)
     points = [
         replace(point, metrics={**there.metrics, **point.metrics}, error=there.error)
@@ -147,7 +151,9 @@ def _scales(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError:
-        raise InputError(f"--sweep {text}: expected numbers with commas between them, such as 0.5,0.7,0.9") from None
+        raise InputError(
+            f"--sweep {text}: expected numbers with commas between them, such as 0.5,0.7,0.9", code="option-value"
+        ) from None
 
 
 def _summary(found: "IntruderReport") -> str:

@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "load a finished run from its folder and evaluate it again",
     "init": "write a commented RUN.yaml to start from",
     "recipes": "list the experiments of the papers as RUN.yaml, or copy one",
+    "ranks": "choose target modules and ranks before training, by the gradients of a few batches",
     "inspect": "say what is in an adapter, what is wrong with it, and which server takes it",
     "intruders": "find the directions of an adapter that are new to its base, and scale them down",
     "combine": "make one plain LoRA of several adapters without training: sums, TIES, DARE, core space",
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in rest
     try:
         if verb not in VERBS:
-            raise InputError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} See loraloom --help")
+            raise InputError(
+                f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} See loraloom --help", code="unknown-verb"
+            )
         importlib.import_module(f"loraloom.cli.{verb}").main([word for word in rest if word != "--debug"])
     except InputError as error:
         return _report(str(error), 2, debug)

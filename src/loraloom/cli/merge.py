@@ -37,7 +37,7 @@ class Merge(Saving):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of all floating-point weights; default: each as in the base, bfloat16 for a dequantised one."""
     base_precision: Literal["original", "dequantised"] = "original"
-    """dequantised: the base is a bitsandbytes checkpoint; merge into what its weights stand for."""
+    """dequantised: the base is quantised; merge into what its weights stand for."""
     verify: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Compare the logits of the merged model with those of base and adapter on N prompts (both in float32, in turn).
     Exit code 1 where they differ by more than the next two let through."""
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     """Merge, verify if asked to, and show or print what came out."""
     command: Merge = parse("merge", Merge, arguments)
     if not command.adapters or command.base is None or command.out is None:
-        raise InputError("merge needs an adapter, --base MODEL and --out FOLDER")
+        raise InputError("merge needs an adapter, --base MODEL and --out FOLDER", code="usage")
     console = command.console()
     with console.status("Loading PyTorch"):
         from loraloom.merge.merge import merge_checkpoint, verified

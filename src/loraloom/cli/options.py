@@ -115,7 +115,9 @@ def parse(verb: str, command: type, arguments: Sequence[str]) -> Any:
         option = word.partition("=")[0].replace("_", "-")
         number = option[1:2].isdigit()
         if option.startswith("-") and not number and option not in [name.replace("_", "-") for name in known]:
-            raise InputError(f"unknown option {word!r}{did_you_mean(word, known)} See loraloom {verb} --help")
+            raise InputError(
+                f"unknown option {word!r}{did_you_mean(word, known)} See loraloom {verb} --help", code="unknown-option"
+            )
     return tyro.cli(
         command,
         prog=f"loraloom {verb}",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from loraloom.cli import quickstart_llm
 from loraloom.cli.options import Output, parse, quiet_libraries, save_report
 from loraloom.errors import RunFailedError
 from loraloom.training.config import (
@@ -32,10 +33,15 @@ class Quickstart(Output):
     Needs no hub and about three minutes on two cores. WeightLoRA finds the half of the adapters that matter and drops
     the rest. Prints the majority baseline, a linear probe on the frozen encoder, the fine-tuned model and the adapters
     that were kept, then reloads the adapter in a fresh process and evaluates it again.
+
+    With --llm a language model of 135M parameters learns to write the answer; its answers are shown before and after.
     """
 
-    folder: str = FOLDER
-    """Where the adapter and its numbers go; the default folder is replaced, another one must be new."""
+    llm: bool = False
+    """Fine-tune a language model, SmolLM2-135M-Instruct of the extra `quickstart-llm`, in place of the encoder."""
+    folder: str | None = None
+    """Where the adapter and its numbers go. Default: quickstart-run, or quickstart-llm-run, which is replaced; another
+    one must be new."""
 
 
 def quickstart_config(folder: str) -> RunConfig:
@@ -63,10 +69,27 @@ def main(arguments: Sequence[str]) -> None:
         RunFailedError: the reloaded adapter does not give the accuracy that it had in training.
     """
     command: Quickstart = parse("quickstart", Quickstart, arguments)
-    started = time.monotonic()
-    config = quickstart_config(command.folder)
     console = command.console()
     quiet_libraries()
+    typed = shlex.join(["loraloom", "quickstart", *arguments])
+    if command.llm:
+        numbers = quickstart_llm.run(command.folder or quickstart_llm.FOLDER, typed, console)
+    else:
+        numbers = run(command.folder or FOLDER, typed, console)
+    if command.json:
+        print(json.dumps(numbers))
+
+
+def run(folder: str, typed: str, console: Console) -> dict[str, float]:
+    """Train and reload the encoder; the numbers that were shown.
+
+    Args:
+        folder: output.dir.
+        typed: the command, for the card and the report.
+        console: where to show them.
+    """
+    started = time.monotonic()
+    config = quickstart_config(folder)
     with console.status("Loading PyTorch and transformers"):
         from loraloom.cli.train import show
         from loraloom.training.fit import train
@@ -78,25 +101,24 @@ def main(arguments: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    typed = shlex.join(["loraloom", "quickstart", *arguments])
     result = train(config, console=console, command=typed)
     show(result, console)
     with console.status("Reloading the adapter in a fresh process"):
         numbers["fine_tuned"] = result.after["accuracy"]
-        numbers["reloaded"] = evaluate_in_fresh_process(command.folder)["accuracy"]
+        numbers["reloaded"] = evaluate_in_fresh_process(folder)["accuracy"]
     numbers["seconds"] = round(time.monotonic() - started, 1)
     if numbers["reloaded"] != numbers["fine_tuned"]:
         raise RunFailedError(
-            f"the reloaded adapter has accuracy {numbers['reloaded']:.4f}, in training {numbers['fine_tuned']:.4f}"
+            f"the reloaded adapter has accuracy {numbers['reloaded']:.4f}, in training {numbers['fine_tuned']:.4f}",
+            code="not-verified",
         )
-    show_end(numbers, command.folder, console)
+    show_end(numbers, folder, console)
     from loraloom.report.builders import report_of_run
 
     compared = {"majority class": numbers["majority"], "linear probe": numbers["probe"]}
-    folder = Path(config.output.dir)
-    save_report(report_of_run(folder, typed, compared), folder / "report", console)
-    if command.json:
-        print(json.dumps(numbers))
+    output = Path(config.output.dir)
+    save_report(report_of_run(output, typed, compared), output / "report", console)
+    return numbers
 
 
 def baselines(config: RunConfig, console: Console) -> dict[str, float]:
@@ -137,7 +159,7 @@ def evaluate_in_fresh_process(folder: str) -> dict[str, float]:
     command = [sys.executable, "-m", "loraloom.cli.main", "evaluate", folder, "--json", "--quiet"]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
-        raise RunFailedError(f"reloading {folder} failed: {outcome.stderr.strip()}")
+        raise RunFailedError(f"reloading {folder} failed: {outcome.stderr.strip()}", code="not-verified")
     return json.loads(outcome.stdout)
 
 

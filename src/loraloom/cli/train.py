@@ -74,10 +74,13 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
     options, overrides = split_overrides(arguments)
     command = parse(verb, options_of_verb, options)
     if command.run is None and not overrides:
-        raise InputError(f"{verb} needs a RUN.yaml, or --section.key value; see loraloom {verb} --help")
+        raise InputError(f"{verb} needs a RUN.yaml, or --section.key value; see loraloom {verb} --help", code="usage")
     config = load_config(command.run, overrides, method)
     if method and config.method.name != method:
-        raise InputError(f"{verb} needs method.name {method!r}, not {config.method.name!r}: remove it, or use train")
+        raise InputError(
+            f"{verb} needs method.name {method!r}, not {config.method.name!r}: remove it, or use train",
+            code="wrong-verb",
+        )
     if command.nproc != 1:
         launch(verb, _without_nproc(arguments), command.nproc)
         return
@@ -90,7 +93,7 @@ def run_verb(verb: str, options_of_verb: type, arguments: Sequence[str], method:
         result = train(config, resume=command.resume, console=console, command=typed)
     except RunInterruptedError as error:
         again = shlex.join(["loraloom", verb, *(word for word in arguments if word != "--resume"), "--resume"])
-        raise RunInterruptedError(f"{error}; go on with: {again}") from None
+        raise RunInterruptedError(f"{error}; go on with: {again}", code="interrupted") from None
     show(result, console)
     if command.report is not None and first_process():
         from loraloom.report.builders import report_of_run
@@ -127,7 +130,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
         if not equals:
             following = next(words, None)
             if following is None:
-                raise InputError(f"{word} has no value; expected {word} VALUE")
+                raise InputError(f"{word} has no value; expected {word} VALUE", code="option-value")
             value = following
         overrides.append((key, value))
     return options, overrides

@@ -33,8 +33,8 @@ def compose(
 ) -> PeftModel:
     """Adds to the model one adapter ``W' = W + sum_n w_n D_n`` of pre-trained updates D_n, and activates it.
 
-    With learned weights it is WLoRA (2402.15414) and trains the weights alone, from equal ones; with equal weights
-    that stay it is uniform composition. The members are copied into the adapter, frozen, with mixers, gates, scales and
+    With learned weights it is WLoRA (2402.15414): only the weights train, and they start equal. With fixed equal
+    weights it is uniform composition. The members are copied into the adapter, frozen, with mixers, gates, scales and
     patterns multiplied in; it costs two products per layer however many they are, and is saved, loaded and merged as
     one. `to_lora` turns it into an ordinary LoRA.
 
@@ -65,7 +65,9 @@ def compose(
     """
     base = _base_of(model, adapter_name)
     if not members:
-        raise InputError("members is empty; expected a name and a folder for each, {'squad': 'path/to/squad'}")
+        raise InputError(
+            "members is empty; expected a name and a folder for each, {'squad': 'path/to/squad'}", code="members"
+        )
     fixed = _fixed_weights(weights, members)
     if not 0 < total < math.inf or (fixed and total != 1):
         raise InputError(
@@ -113,23 +115,31 @@ def _base_of(model: nn.Module, adapter_name: str) -> nn.Module:
     if not isinstance(model.base_model, LoomModel):
         raise InputError(
             f"the model has adapters of type {type(model.base_model).__name__}: save them, take the base model by "
-            "model.unload(), and compose from the folders"
+            "model.unload(), and compose from the folders",
+            code="adapters",
         )
     if adapter_name in model.peft_config:
-        raise InputError(f"the model has an adapter {adapter_name!r} already: choose another adapter_name")
+        raise InputError(
+            f"the model has an adapter {adapter_name!r} already: choose another adapter_name", code="name-taken"
+        )
     return model.get_base_model()
 
 
 def _fixed_weights(weights: str | Mapping[str, float], members: Mapping[str, Any]) -> dict[str, float]:
     if isinstance(weights, str):
         if weights not in ("learned", "uniform"):
-            raise InputError(f"weights={weights!r} is not known; use 'learned', 'uniform' or a weight for each member")
+            raise InputError(
+                f"weights={weights!r} is not known; use 'learned', 'uniform' or a weight for each member",
+                code="weights",
+            )
         return {}
     if weights.keys() != members.keys():
-        raise InputError(f"weights are for {', '.join(weights)}, members are {', '.join(members)}: name each once")
+        raise InputError(
+            f"weights are for {', '.join(weights)}, members are {', '.join(members)}: name each once", code="weights"
+        )
     for name, weight in weights.items():
         if not math.isfinite(weight):
-            raise InputError(f"the weight of {name!r} is {weight!r}; expected a finite number")
+            raise InputError(f"the weight of {name!r} is {weight!r}; expected a finite number", code="not-finite")
     return dict(weights)
 
 

@@ -98,7 +98,10 @@ def composed_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
                 yield module, layer
     if not found:
         near = did_you_mean(adapter_name, others)
-        raise InputError(f"the model has no composition {adapter_name!r}{near} (it has {', '.join(others) or 'none'})")
+        raise InputError(
+            f"the model has no composition {adapter_name!r}{near} (it has {', '.join(others) or 'none'})",
+            code="no-adapter",
+        )
 
 
 def _weights(layer: LoomLayer, adapter_name: str) -> Tensor:

@@ -49,10 +49,16 @@ def open_source(model: nn.Module, name: str, where: str | Path) -> Adapter:
     _check_others(name, source)
     if isinstance(source, StoredAdapter):
         _check_architecture(name, source, model)
+    if expert := next((module.expert for module in source.modules.values() if module.expert is not None), None):
+        raise InputError(
+            f"member {name!r} adapts the experts of {expert.parameter}, which a composition does not take: merge it",
+            code="experts",
+        )
     if dora := next((name for name, module in source.modules.items() if "magnitude" in module.shapes()), None):
         raise InputError(
             f"member {name!r} is a DoRA adapter ({dora} has a magnitude), whose update is no product B A: turn it into "
-            "a LoRA first, peft.save_as_lora(folder, model, rank=...), and compose that"
+            "a LoRA first, peft.save_as_lora(folder, model, rank=...), and compose that",
+            code="dora",
         )
     return source
 
@@ -85,7 +91,8 @@ def ranks_of(name: str, source: Adapter, shapes: dict[str, tuple[int, int]]) -> 
         if shape != shapes[module]:
             raise InputError(
                 f"member {name!r}: its update of {module} is {shape[0]} x {shape[1]}, the layer "
-                f"{' x '.join(map(str, shapes[module]))}: it belongs to another base model"
+                f"{' x '.join(map(str, shapes[module]))}: it belongs to another base model",
+                code="shape",
             )
         ranks[module] = member.factors()[0].shape[0]
     return ranks
@@ -114,7 +121,8 @@ def _check_config(name: str, source: Adapter) -> None:
         if (value := config.get(key)) and value != harmless:
             raise InputError(
                 f"member {name!r} has {key}={value!r}: more than low-rank updates was trained, and a composition is "
-                "made of those only"
+                "made of those only",
+                code="more-than-low-rank",
             )
 
 
@@ -127,7 +135,9 @@ def _check_others(name: str, source: Adapter) -> None:
             left_out.add(head)
         # PEFT writes the base's own table beside the update of an embedding.
         elif not any(f"{module}." in key for module in source.modules):
-            raise InputError(f"member {name!r} holds {key}, which is no part of a low-rank update")
+            raise InputError(
+                f"member {name!r} holds {key}, which is no part of a low-rank update", code="more-than-low-rank"
+            )
     if left_out:
         warnings.warn(
             f"member {name!r}: {', '.join(sorted(left_out))}, which was trained in full, stays out: a composition is "
@@ -146,5 +156,7 @@ def _check_architecture(name: str, source: StoredAdapter, model: nn.Module) -> N
     for key in _ARCHITECTURE:
         if key in theirs and key in ours and theirs[key] != ours[key]:
             raise InputError(
-                f"member {name!r} was trained on {folder}, where {key} is {theirs[key]!r}; this model has {ours[key]!r}"
+                f"member {name!r} was trained on {folder}, where {key} is {theirs[key]!r}; "
+                f"this model has {ours[key]!r}",
+                code="other-base",
             )

@@ -43,7 +43,7 @@ def to_lora(
     new_adapter: str | None = None,
     overwrite: bool = False,
 ) -> LoraReport:
-    """Turns a composition (or any adapter of a model but DoRA) into an ordinary LoRA.
+    """Turns a composition, or any adapter without DoRA, into an ordinary LoRA.
 
     The LoRA has one rank, lora_alpha = r, and no patterns or rsLoRA, so that every server scales it alike. Without
     ``rank`` and ``energy`` it is exact.
@@ -52,7 +52,7 @@ def to_lora(
         model: the model that has the adapter, which is not changed.
         adapter: its name.
         rank: largest rank to keep.
-        energy: share of ||D||^2 to keep in every layer, in (0, 1]; the rank is the smallest with which all layers do.
+        energy: share of ||D||^2 to keep in every layer, in (0, 1]; the smallest rank that does so is taken.
         save_to: folder for the LoRA as PEFT saves it, modules_to_save included; loads without loraloom. It appears when
             it has been read back and compared. With members' biases it has PEFT's lora_bias, with which PEFT can run
             layers that have no bias but not merge them.
@@ -60,7 +60,7 @@ def to_lora(
         overwrite: replace the folder if it has something in it.
 
     Returns:
-        Ranks and errors; with neither ``save_to`` nor ``new_adapter`` that is all.
+        Ranks and errors. Without ``save_to`` and ``new_adapter`` nothing else happens.
 
     Raises:
         InputError: no such adapter, a DoRA adapter, options out of range, a folder in use, or members with a lora_bias

@@ -66,14 +66,14 @@ def export_adapter(
         dtype: of the written factors. float32 keeps what folding the scale computes; 16 bits round it once more.
         progress: is told of the modules folded, then of those compared.
         command: what was typed, for the model card.
-        card: what a verb that exports what it made says in place of export's own card.
+        card: makes the model card of export's own card and the report; None keeps export's own.
 
     Raises:
         InputError: the target cannot hold the adapter, or only with a larger error than allowed, or a file is broken.
         RunFailedError: what was read back is not what was written.
     """
     if target not in TARGETS:
-        raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}")
+        raise InputError(f"unknown target {target!r}; expected one of {', '.join(TARGETS)}", code="unknown-target")
     source: Adapter = open_adapter(adapter, base)
     _check(source, target)
     if isinstance(source, StoredAdapter):
@@ -87,7 +87,8 @@ def export_adapter(
             raise InputError(
                 f"rank {report.rank} in {dtype} loses {report.error:.1%} of the update (at worst "
                 f"{report.worst.error:.1%}, {report.worst.module}), more than {ALLOWED_LOSS:.0%}: give a larger "
-                "--rank, or --allow-lossy, or use loraloom merge, which is exact"
+                "--rank, or --allow-lossy, or use loraloom merge, which is exact",
+                code="lossy",
             )
         own = export_card(report, source, serving_rows(folder, out), command)
         write_card(own if card is None else card(own, report), folder)
@@ -106,11 +107,14 @@ def _check(adapter: Adapter, target: str) -> None:
             if rule["effect"] == "ok" or way == "export":
                 continue
             if way == "merge":
-                raise InputError(f"the adapter {detail}, and {server['name']}: {rule['why']}; use loraloom merge")
+                raise InputError(
+                    f"the adapter {detail}, and {server['name']}: {rule['why']}; use loraloom merge", code="not-served"
+                )
             if way == "lossy" and not has_base:
                 raise InputError(
                     f"the adapter {detail}, and {server['name']}: {rule['why']}; give --base for the nearest plain "
-                    "LoRA, or use loraloom merge, which is exact"
+                    "LoRA, or use loraloom merge, which is exact",
+                    code="not-served",
                 )
 
 
@@ -122,14 +126,19 @@ def _compare(plan: ExportPlan, written: StoredAdapter, path: str, progress: Prog
     """
     modules, squared_error, squared_norm = [], 0.0, 0.0
     if {*written.modules} != {*plan.factors, *plan.completed} or {*written.others} != {*plan.others}:
-        raise RunFailedError(f"{path}: the tensors read back are not those that were written; nothing was kept")
+        raise RunFailedError(
+            f"{path}: the tensors read back are not those that were written; nothing was kept", code="not-verified"
+        )
     if any(factor.any() for name in plan.completed for factor in written.modules[name].parts().values()):
-        raise RunFailedError(f"{path}: {plan.completed[0]} was to have no effect; nothing was kept")
+        raise RunFailedError(
+            f"{path}: {plan.completed[0]} was to have no effect; nothing was kept", code="not-verified"
+        )
     for module in tracked(plan.factors, "Comparing", progress):
         error, norm, rounding = _difference(plan, written, module)
         if error > rounding and not plan.truncated:
             raise RunFailedError(
-                f"{module}: the update read back is {error / norm:.1e} off; nothing was kept. Please report this"
+                f"{module}: the update read back is {error / norm:.1e} off; nothing was kept. Please report this",
+                code="not-verified",
             )
         squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
         rank = plan.factors[module][0].shape[0]
@@ -157,7 +166,9 @@ def _difference(plan: ExportPlan, written: StoredAdapter, module: str) -> tuple[
         return float(difference.norm()), float(update.norm()), math.inf
     old_magnitude, new_magnitude = original.magnitude(), copy.magnitude()
     if old_magnitude is not None and not (new_magnitude is not None and torch.equal(old_magnitude, new_magnitude)):
-        raise RunFailedError(f"{module}: the magnitude read back is another; nothing was kept. Please report this")
+        raise RunFailedError(
+            f"{module}: the magnitude read back is another; nothing was kept. Please report this", code="not-verified"
+        )
     old = [_double(term) for term in original.terms()]
     old_A, old_B = fold(old)
     # Each factor is rounded at most twice on its way. Rounding goes with the factors, not with their product, which is

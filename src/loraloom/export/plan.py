@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.adapter.base import BaseWeights, base_key
+from loraloom.adapter.experts import joined
 from loraloom.adapter.protocol import AdaptedModule, Adapter
 from loraloom.adapter.serving import (
     allowed_rank,
@@ -123,8 +124,10 @@ class ExportPlan:
         for name in tracked(self.adapter.modules, "Folding", progress):
             module = self.adapter.modules[name]
             A, B = self._fold(module)
-            # With DoRA or a bias, a module whose factors are zero may change the model all the same.
-            if not module.shapes().keys() & {"magnitude", "bias", "member_bias"} and not (A.any() and B.any()):
+            # With DoRA or a bias, a module whose factors are zero may change the model all the same; experts are
+            # stored together.
+            more = module.expert is not None or module.shapes().keys() & {"magnitude", "bias", "member_bias"}
+            if not more and not (A.any() and B.any()):
                 self.dropped.append(name)
             else:
                 self.factors[name] = (A, B)
@@ -215,7 +218,10 @@ class ExportPlan:
                 f"({tables[0]}): merge the adapter, or compose without one of the two",
                 code="bias",
             )
+        tensors |= self._experts()
         for name, (A, B) in self.factors.items():
+            if modules[name].expert is not None:
+                continue
             tensors |= self._named(modules[name], A.to(self.dtype), B.to(self.dtype))
             if with_bias:
                 bias = modules[name].bias()
@@ -232,6 +238,19 @@ class ExportPlan:
         save_tensors(folder / WEIGHTS, tensors)
         config = self._config(with_bias)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _experts(self) -> dict[str, Tensor]:
+        """The factors of experts as PEFT stores them, those of a parameter together."""
+        shares: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name, (A, B) in self.factors.items():
+            if self.adapter.modules[name].expert is not None:
+                place = self.adapter.modules[name].place  # type: ignore[attr-defined]  # only files have experts
+                shares.setdefault(place, []).append((A.to(self.dtype), B.to(self.dtype)))
+        named: dict[str, Tensor] = {}
+        for place, factors in shares.items():
+            A, B = joined(factors)
+            named |= {f"{PREFIX}{place}.{LORA['A']}.weight": A, f"{PREFIX}{place}.{LORA['B']}.weight": B}
+        return named
 
     def _named(self, module: AdaptedModule, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """The factors in the shapes and under the names of PEFT's LoRA."""
@@ -250,7 +269,9 @@ class ExportPlan:
 
     def _config(self, with_bias: bool) -> dict[str, Any]:
         config = self.adapter.config
-        ranks = {module: A.shape[0] for module, (A, _) in self.factors.items()}
+        modules = self.adapter.modules
+        experts = {name: expert.parameter for name in self.factors if (expert := modules[name].expert) is not None}
+        ranks = {experts.get(module, module): A.shape[0] for module, (A, _) in self.factors.items()}
         r = Counter(ranks.values()).most_common(1)[0][0]
         pattern = {module: rank for module, rank in ranks.items() if rank != r}
         kinds = {kind_of_other(self.adapter, key) for key in self.others}
@@ -264,7 +285,8 @@ class ExportPlan:
             "r": r,
             "lora_alpha": r,
             "lora_dropout": 0.0,
-            "target_modules": [*ranks, *self.completed],
+            "target_modules": [*(name for name in self.factors if name not in experts), *self.completed],
+            "target_parameters": config.get("target_parameters") if experts else None,
             "bias": "lora_only" if bias == "loom_only" else bias,
             "use_rslora": False,
             "use_dora": self.target == "peft" and "use_dora" in features(self.adapter),

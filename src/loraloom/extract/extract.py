@@ -62,7 +62,7 @@ def extract_adapter(
         base: folder or hub repository of the model before.
         tuned: of the model after.
         out: the new folder; it appears when everything is written, read back and compared.
-        rank: of every module; a module that changed by less gets its own rank.
+        rank: the largest of any module; where the difference has a smaller rank, that one is taken.
         overwrite: replace `out`.
         dtype: of the factors: float32, bfloat16 or float16.
         command: what was typed, for the model card.

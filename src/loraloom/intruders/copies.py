@@ -33,7 +33,12 @@ def analyse_module(
 
 
 def check_room(adapter: Adapter) -> None:
-    """Raises InputError for a composition, whose members cannot take a change."""
+    """Raises InputError for a composition, whose members cannot take a change, and for experts, stored together."""
+    if expert := next((module.expert for module in adapter.modules.values() if module.expert is not None), None):
+        raise InputError(
+            f"{adapter.where} adapts the experts of {expert.parameter}: their intruders are found, and not reduced",
+            code="experts",
+        )
     if adapter.config.get("composition") is not None:
         raise InputError(
             f"{adapter.where} is a composition, whose members cannot take a change: make a LoRA of it "

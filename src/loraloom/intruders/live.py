@@ -20,6 +20,7 @@ from loraloom.intruders.copies import analyse_module, check_room, mitigated_copy
 from loraloom.intruders.find import FINDING, LayerIntruders
 from loraloom.intruders.reduce import Rank, Scope, check_options
 from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
+from loraloom.intruders.rewind import plan_sweep, rewound_copy
 from loraloom.intruders.solvers.basis import BasisCache
 from loraloom.progress import Progress, silent, tracked
 
@@ -129,7 +130,7 @@ def merge_with_reduced_intruders(
         The base model, merged, and the report.
 
     Raises:
-        ValueError: also where layers are quantised and ``quantized`` does not say what to do with them.
+        ValueError: an argument is out of range, or layers are quantised and ``quantized`` is not given.
     """
     source = LiveAdapter(model, adapter)
     _check_mergeable(source)
@@ -161,6 +162,7 @@ def sweep_intruders(
     *,
     scope: Scope = "top",
     rank: Rank = "exact",
+    rewind: bool = False,
     **options: Any,
 ) -> SweepReport:
     """Evaluates an adapter with its intruders at several scales. The search is done once; a scale costs milliseconds.
@@ -170,34 +172,36 @@ def sweep_intruders(
         scales: the scales, in the order in which to try them. At 1 the adapter itself is evaluated.
         evaluate: called with the model for each scale, with the mitigated adapter active; returns named numbers, such
             as a task metric and a loss on something that should not be forgotten.
+        rewind: evaluate ``W + t dW`` at the same numbers as well, the control for what scaling intruders does; 1 comes
+            once, also where it is not asked for. Trained heads, biases of the model and tokens stay as they are.
         **options: of :func:`find_intruders`.
 
     Returns:
-        One point per scale. The model is as it was before.
+        One point per scale, those of rewinding last. The model is as it was before.
     """
-    scales = list(scales)
+    plan = plan_sweep(scales, scope, rank, rewind)
     tuner: Any = model.base_model
-    for scale in scales:
-        check_options(scale, scope, rank)
     found = find_intruders(model, adapter, **options)
     before = list(model.active_adapters), {name: p.requires_grad for name, p in model.named_parameters()}
-    name, added, points = _free_name(model), False, []
+    names: dict[bool, str] = {}  # of the copies, by whether they are rewound: their ranks differ
+    points = []
     try:
-        for scale in scales:
-            error = 0.0
+        for scale, rewound in plan:
+            error, name = 0.0, adapter
             if scale != 1:
-                copies = _copies(model, found, scale, scope, rank)
-                if not added:
-                    add_copy(model, adapter, name, {key: r for key, (_, r, _) in copies.items()})
-                    added = True
+                copies = _rewound(model, adapter, scale) if rewound else _copies(model, found, scale, scope, rank)
+                if rewound not in names:
+                    names[rewound] = _free_name(model)
+                    add_copy(model, adapter, names[rewound], {key: r for key, (_, r, _) in copies.items()})
+                name = names[rewound]
                 _store(model, adapter, name, copies)
                 error = max((error for _, _, error in copies.values()), default=0.0)
-            model.set_adapter(adapter if scale == 1 else name)
-            points.append(SweepPoint(scale, dict(evaluate(model)), error))
+            model.set_adapter(name)
+            points.append(SweepPoint(scale, dict(evaluate(model)), error, rewound))
     finally:
         active, trainable = before
         model.set_adapter(active[0])
-        if added:
+        for name in names.values():
             model.delete_adapter(name)
         tuner.set_adapter(active)
         for key, parameter in model.named_parameters():
@@ -235,6 +239,12 @@ def _copies(
         name: mitigated_copy(module, by_name[name], scale, scope, rank)
         for name, module in LiveAdapter(model, found.adapter).modules.items()
     }
+
+
+def _rewound(model: PeftModel, adapter: str, t: float) -> dict[str, tuple[Parts, int, float]]:
+    """The same for the rewound adapter."""
+    modules = LiveAdapter(model, adapter).modules
+    return {name: (rewound_copy(module, t), module.rank, 0.0) for name, module in modules.items()}
 
 
 def _store(model: PeftModel, adapter: str, new_adapter: str, copies: dict[str, tuple[Parts, int, float]]) -> None:

@@ -76,10 +76,12 @@ class SweepPoint:
     """One scale of a sweep."""
 
     scale: float
+    """Of the intruders, or with `rewound` t of ``W + t dW``; at 1 both are the adapter."""
     metrics: dict[str, float]
     """What the evaluation returned."""
     error: float
     """The largest truncation error of any layer."""
+    rewound: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,26 @@ class SweepReport:
         return {"intruders": self.intruders.to_dict(), "points": [asdict(point) for point in self.points]}
 
     def table(self) -> Table:
-        """One row per scale, for a rich console."""
+        """One row per scale, for a rich console; with rewinding, what is scaled comes first."""
+        rewinds = any(point.rewound for point in self.points)
         names = list(dict.fromkeys(name for point in self.points for name in point.metrics))
         headings = (name.replace("_", " ") for name in names)
-        table = Table("scale", *headings, box=None, pad_edge=False, header_style="bold")
+        table = Table(
+            *(["scaled"] if rewinds else []), "scale", *headings, box=None, pad_edge=False, header_style="bold"
+        )
         lossy = any(point.error for point in self.points)
         if lossy:
             table.add_column("error")
         for point in self.points:
             values = (_number(point.metrics[name]) if name in point.metrics else "" for name in names)
-            table.add_row(f"{point.scale:g}", *values, *([f"{point.error:.2g}"] if lossy else []))
+            scaled = [scaled_words(point)] if rewinds else []
+            table.add_row(*scaled, f"{point.scale:g}", *values, *([f"{point.error:.2g}"] if lossy else []))
         return table
+
+
+def scaled_words(point: SweepPoint) -> str:
+    """What a point's scale was applied to."""
+    return "-" if point.scale == 1 else "all of dW" if point.rewound else "intruders"
 
 
 def _number(value: float) -> str:

@@ -21,9 +21,10 @@ from loraloom.card import write_card
 from loraloom.errors import InputError
 from loraloom.intruders.card import intruders_card
 from loraloom.intruders.copies import analyse_module, check_room, mitigated_copy, patterns
-from loraloom.intruders.find import FINDING, LayerIntruders
+from loraloom.intruders.find import FINDING, LayerIntruders, analyse_matrix
 from loraloom.intruders.reduce import Rank, Scope, check_options
 from loraloom.intruders.report import IntruderReport, SweepPoint, SweepReport
+from loraloom.intruders.rewind import plan_sweep, rewound_matrix
 from loraloom.intruders.solvers.matrix import RELATIVE_ZERO, squared_norms
 from loraloom.intruders.solvers.topk import Triplets
 from loraloom.io.files import check_apart, folder_atomically
@@ -125,6 +126,7 @@ def sweep_stored(
     scope: Scope = "top",
     rank: Rank = "exact",
     *,
+    rewind: bool = False,
     top_k: int = 10,
     epsilon: float = 0.5,
     progress: Progress = silent,
@@ -139,19 +141,20 @@ def sweep_stored(
         path, base, top_k, epsilon, progress: see :func:`find_stored_intruders`.
         scales: in the order of the points.
         scope, rank: see :func:`loraloom.intruders.live.reduce_intruders`.
+        rewind: the same of ``W + t dW``, see :func:`loraloom.intruders.live.sweep_intruders`. The intruders of each are
+            looked for anew.
 
     Raises:
         InputError: as :func:`find_stored_intruders`; a composition has no rank but "exact".
         ValueError: an option is out of range.
     """
-    for scale in scales:
-        check_options(scale, scope, rank)
+    plan = plan_sweep(scales, scope, rank, rewind)
     adapter = _open(path, base)
     if rank != "exact":
         check_room(adapter)
     found: list[LayerIntruders] = []
     norm, lost = 0.0, 0.0  # squared, and for a scale of 0
-    remaining, errors = [0] * len(scales), [0.0] * len(scales)
+    remaining, errors = [0] * len(plan), [0.0] * len(plan)
     for module in tracked(adapter.modules.values(), FINDING, progress):
         # No scale can bring up more than top_k directions from further down.
         more = _analyse(module, 2 * top_k, epsilon)
@@ -159,15 +162,22 @@ def sweep_stored(
         scaled = first.intruders[:1] if scope == "top" else first.intruders
         norm += _change(module, first)
         lost += sum(first.singular_values[i] ** 2 for i in scaled)
-        for i, scale in enumerate(scales):
-            remaining[i] += _remaining(more, top_k, scaled, scale)
-            if rank != "exact":
+        for i, (scale, rewound) in enumerate(plan):
+            remaining[i] += (
+                _rewound_count(module, scale, top_k, epsilon) if rewound else _remaining(more, top_k, scaled, scale)
+            )
+            if rank != "exact" and not rewound:
                 errors[i] = max(errors[i], mitigated_copy(module, first, scale, scope, rank)[2])
         found.append(_without_vectors(first))
-    changes = [abs(scale - 1) * math.sqrt(lost / norm) if norm else 0.0 for scale in scales]
+    share = math.sqrt(lost / norm) if norm else 0.0
     points = [
-        SweepPoint(scale, {"relative_change": change, "remaining_intruders": left}, error)
-        for scale, change, left, error in zip(scales, changes, remaining, errors, strict=True)
+        SweepPoint(
+            scale,
+            {"relative_change": abs(scale - 1) * (1 if rewound else share), "remaining_intruders": left},
+            error,
+            rewound,
+        )
+        for (scale, rewound), left, error in zip(plan, remaining, errors, strict=True)
     ]
     return SweepReport(IntruderReport(str(adapter.path), top_k, epsilon, found, scope=scope, rank=rank), points)
 
@@ -181,6 +191,15 @@ def _open(path: str | Path, base: str | Path | None) -> StoredAdapter:
 
 def _analyse(module: AdaptedModule, top_k: int, epsilon: float) -> LayerIntruders:
     return analyse_module(module, module.weight(), top_k=top_k, epsilon=epsilon)
+
+
+def _rewound_count(module: AdaptedModule, t: float, top_k: int, epsilon: float) -> int:
+    """Intruders of ``W + t dW``."""
+    if not t:
+        return 0
+    W, (A, B) = module.weight(), module.factors()
+    B, magnitude = rewound_matrix(W, A, B, module.magnitude(), t)
+    return len(analyse_matrix(W, A, B, magnitude, top_k=top_k, epsilon=epsilon).intruders)
 
 
 def _first(found: LayerIntruders, k: int) -> LayerIntruders:

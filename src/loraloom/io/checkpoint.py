@@ -55,7 +55,10 @@ class Checkpoint:
         for file, keys in self.files.items():
             for key in keys:
                 if key in self._file_of:
-                    raise InputError(f"{key} is in {self._file_of[key].name} and in {file.name} of {path}: remove one")
+                    raise InputError(
+                        f"{key} is in {self._file_of[key].name} and in {file.name} of {path}: remove one",
+                        code="duplicate",
+                    )
                 self._file_of[key] = file
 
     def keys(self) -> list[str]:
@@ -90,7 +93,9 @@ class Checkpoint:
     def file_of(self, key: str) -> Path:
         """The file that holds the tensor."""
         if key not in self._file_of:
-            raise InputError(f"{self.path} has no tensor {key!r}{did_you_mean(key, self._file_of)}")
+            raise InputError(
+                f"{self.path} has no tensor {key!r}{did_you_mean(key, self._file_of)}", code="missing-tensor"
+            )
         return self._file_of[key]
 
     def tensor(self, key: str) -> Tensor:
@@ -127,19 +132,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise InputError(f"{path} is not a .safetensors file; only safetensors are read")
+            raise InputError(f"{path} is not a .safetensors file; only safetensors are read", code="not-safetensors")
         return Checkpoint(path, [path])
     if not path.is_dir():
-        raise InputError(f"{path} does not exist; expected a folder with {' or '.join(_WEIGHTS[1:])}")
+        raise InputError(f"{path} does not exist; expected a folder with {' or '.join(_WEIGHTS[1:])}", code="no-folder")
     found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
     if found is None:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickles:
             raise InputError(
                 f"{path} holds {pickles[0]}, a pickle, which can run code when it is loaded: "
-                "save the weights as safetensors (save_pretrained does)"
+                "save the weights as safetensors (save_pretrained does)",
+                code="pickle",
             )
-        raise InputError(f"{path} holds none of {', '.join(_WEIGHTS)}")
+        raise InputError(f"{path} holds none of {', '.join(_WEIGHTS)}", code="no-weights")
     return Checkpoint(path, _shards(found) if found.name == INDEX else [found])
 
 
@@ -154,7 +160,7 @@ def locate(path_or_id: str | Path, patterns: tuple[str, ...] = ("*.json", "*.saf
     if path.exists():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"{name} does not exist")
+        raise InputError(f"{name} does not exist", code="no-folder")
     from huggingface_hub import snapshot_download  # takes a second to import
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -162,7 +168,9 @@ def locate(path_or_id: str | Path, patterns: tuple[str, ...] = ("*.json", "*.saf
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{name} is no folder here, and loading it from the hub failed: {reason}") from None
+        raise InputError(
+            f"{name} is no folder here, and loading it from the hub failed: {reason}", code="hub"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -174,28 +182,30 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}", code="unreadable") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}", code="json") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise InputError(f"{path} holds a {type(value).__name__}, expected an object", code="json")
     return value
 
 
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map: write the index again with save_pretrained")
+        raise InputError(f"{index} has no weight_map: write the index again with save_pretrained", code="index")
     shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     for shard in shards:
         if shard.parent.resolve() != index.parent.resolve():
-            raise InputError(f"{index} names a shard outside of its folder: {shard}")
+            raise InputError(f"{index} names a shard outside of its folder: {shard}", code="index")
         if not shard.is_file():
-            raise InputError(f"{index} names {shard.name}, which is not there: load the checkpoint again")
+            raise InputError(f"{index} names {shard.name}, which is not there: load the checkpoint again", code="index")
     headers = {shard.name: set(_header(shard)) for shard in shards}
     for key, name in weight_map.items():
         if key not in headers[name]:
-            raise InputError(f"{index} says that {key} is in {name}, which does not hold it: the files do not match")
+            raise InputError(
+                f"{index} says that {key} is in {name}, which does not hold it: the files do not match", code="index"
+            )
     return shards
 
 
@@ -218,4 +228,6 @@ def _broken_files_named(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({error}): save or load it again") from None
+        raise InputError(
+            f"{file} cannot be read as safetensors ({error}): save or load it again", code="not-safetensors"
+        ) from None

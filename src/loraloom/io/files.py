@@ -96,13 +96,15 @@ def check_apart(out: Path, inputs: Iterable[Path]) -> None:
     out = out.expanduser().resolve()
     for path in inputs:
         if out == path.resolve() or out in path.resolve().parents:
-            raise InputError(f"the output folder {out} is or holds {path}, which is read: choose another one")
+            raise InputError(
+                f"the output folder {out} is or holds {path}, which is read: choose another one", code="folder-is-read"
+            )
 
 
 def check_new_folder(path: Path, overwrite: bool = False) -> None:
     """Raises InputError where `path` is a file, or a folder with something in it that is not to be overwritten."""
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; expected a folder to make")
+        raise InputError(f"{path} is a file; expected a folder to make", code="file-exists")
     if not overwrite and path.exists() and any(path.iterdir()):
         raise InputError(
             f"{path} is not empty: choose another folder, or pass --overwrite to replace it", code="not-empty"

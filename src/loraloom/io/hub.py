@@ -41,6 +41,7 @@ def push_folder(folder: Path, repository: str, private: bool = False, ignored: S
         reason = str(error).strip().partition("\n")[0]
         raise RunFailedError(
             f"{folder} is saved, but pushing it to {repository} failed: {reason}; log in with `hf auth login`, then "
-            f"`hf upload {repository} {folder}`"
+            f"`hf upload {repository} {folder}`",
+            code="not-pushed",
         ) from None
     return str(address)

@@ -60,7 +60,8 @@ def merged_config(
         elif tensor.old is not None:
             raise InputError(
                 f"{tensor.adapter} replaces {tensor.key}, {list(tensor.old)} in the base, by a tensor of shape "
-                f"{list(tensor.new)}; only vocabularies and the heads of classifiers may change their size"
+                f"{list(tensor.new)}; only vocabularies and the heads of classifiers may change their size",
+                code="shape",
             )
     if labels and config:
         task = next(tensor.task for tensor in resized if tensor.task in CLASSIFIERS)

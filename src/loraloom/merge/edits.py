@@ -36,6 +36,9 @@ class Edit:
         module: the module whose low-rank update is added.
         transposed: the tensor is W^T.
         bias: the module whose ``lora_bias`` is added.
+        span: the rows of the module's update that belong here, where the base stores its projections apart.
+        experts: in a tensor that holds all experts, the modules whose updates are added, by their index; all of them
+            are ``transposed`` or none.
     """
 
     adapter: StoredAdapter
@@ -45,6 +48,8 @@ class Edit:
     module: str | None = None
     transposed: bool = False
     bias: str | None = None
+    span: tuple[int, int] | None = None
+    experts: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,7 +115,7 @@ def merged_blocks(target: Target, base: Checkpoint, change: Change) -> Iterator[
         exact = _sum([(edit.edit.weight, edit.rows(W, start, stop)) for edit in edits], W)
         rounded = exact.to(target.dtype)
         if not torch.isfinite(rounded).all() and (W is None or torch.isfinite(W).all()):
-            raise RunFailedError(_not_finite(target, exact))
+            raise RunFailedError(_not_finite(target, exact), code="not-finite")
         if W is not None:
             change.add(W, exact, rounded)
         yield rounded
@@ -137,6 +142,7 @@ class _Loaded:
             return
         module = edit.adapter.modules[edit.module]
         self.A, self.B = module.factors()
+        self.B = self.B[slice(*(edit.span or (None,)))]
         self.magnitude = module.magnitude()
         if self.magnitude is not None and edit.transposed:
             # The norm of a row of W is that of a stored column, so it takes a pass of its own.
@@ -169,6 +175,9 @@ class _Loaded:
             V[indices[here] - start] = values[here].to(V.dtype)
         if self.bias is not None:
             V += self.bias[start:stop]
+        for index in range(start, stop) if self.edit.experts else ():
+            A, B = (factor.to(V.dtype) for factor in self.edit.adapter.modules[self.edit.experts[index]].factors())
+            V[index - start].addmm_(*((A.T, B.T) if self.edit.transposed else (B, A)))
         if self.A is not None and self.B is not None:
             if self.edit.transposed:
                 V.addmm_(self.A[:, start:stop].T.to(V.dtype), self.B.T.to(V.dtype))

@@ -20,9 +20,9 @@ from loraloom.adapter.open import open_stored
 from loraloom.adapter.stored import StoredAdapter
 from loraloom.card import write_card
 from loraloom.errors import InputError
-from loraloom.io.bitsandbytes import DequantisedCheckpoint, quantisation
-from loraloom.io.checkpoint import INDEX, Checkpoint, locate, open_checkpoint, read_json
+from loraloom.io.checkpoint import INDEX, Checkpoint, locate, read_json
 from loraloom.io.files import check_apart, check_new_folder, folder_atomically, write_text_atomically
+from loraloom.io.quantized.checkpoint import QuantizedCheckpoint, open_base
 from loraloom.io.stream import write_safetensors
 from loraloom.merge.card import merge_card
 from loraloom.merge.edits import Change, merged_blocks
@@ -62,7 +62,7 @@ def merge_checkpoint(
         dtype: "float32", "bfloat16" or "float16" for all floating-point weights. Default: each as in the base;
             "bfloat16" for a dequantised base. Merging is in float32 and rounds once.
         base_precision: "original": the base is the model in its original precision; a quantised one is refused.
-            "dequantised": the base is a bitsandbytes checkpoint, and what it stands for is merged into.
+            "dequantised": the base is quantised, and what its weights stand for is merged into.
         overwrite: replace a folder that is not empty.
         progress: is told of the tensors written.
         command: what was typed, for the model card.
@@ -138,40 +138,36 @@ def peak_memory() -> int:
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not count:
-        raise InputError("no adapter given; expected at least one")
+        raise InputError("no adapter given; expected at least one", code="adapters")
     factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(factors) != count:
-        raise InputError(f"{len(factors)} weights for {count} adapters; expected one for each")
+        raise InputError(f"{len(factors)} weights for {count} adapters; expected one for each", code="weights")
     return factors
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
-        raise InputError(f"dtype {name!r}; expected one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype {name!r}; expected one of {', '.join(DTYPES)}", code="dtype")
     return None if name is None else DTYPES[name]
 
 
 def _open_base(folder: Path, config: dict[str, Any], base_precision: str, adapters: list[StoredAdapter]) -> Checkpoint:
-    base = open_checkpoint(folder)
-    method = quantisation(config, base)
-    names = dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters)
     if base_precision not in ("original", "dequantised"):
-        raise InputError(f"base_precision {base_precision!r}; expected original or dequantised")
-    if method is None and base_precision == "dequantised":
-        raise InputError(f"{folder} is not quantised: leave out --base-precision dequantised")
-    if method is None:
+        raise InputError(f"base_precision {base_precision!r}; expected original or dequantised", code="unknown-choice")
+    base = open_base(folder, config)
+    if not isinstance(base, QuantizedCheckpoint):
+        if base_precision == "dequantised":
+            raise InputError(f"{folder} is not quantised: leave out --base-precision dequantised", code="not-quantized")
         return base
-    if method != "bitsandbytes":
-        raise InputError(
-            f"{folder} is quantised by {method}, which cannot be merged into: give --base the model in its original "
-            f"precision (the adapter was trained on {', '.join(names)})"
-        )
     if base_precision == "original":
+        names = dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters)
         raise InputError(
-            f"{folder} is quantised by bitsandbytes: give --base the model in its original precision, or pass "
-            "--base-precision dequantised to merge into what the quantised weights stand for"
+            f"{folder} is quantised by {base.method}: give --base the model in its original precision (the adapter was "
+            f"trained on {', '.join(names)}), or pass --base-precision dequantised to merge into what the quantised "
+            "weights stand for",
+            code="quantized",
         )
-    return DequantisedCheckpoint(folder, list(base.files))
+    return base
 
 
 def _notes(adapters: list[StoredAdapter], folder: Path, base_precision: str, dtype: str) -> list[str]:
@@ -195,7 +191,8 @@ def _check_space(out: Path, plan: Plan, copies: dict[str, Path]) -> None:
     if needed > free:
         raise InputError(
             f"the merged model needs {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB left: free some, or "
-            "choose a folder on another disk"
+            "choose a folder on another disk",
+            code="disk-full",
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from loraloom.adapter.base import base_keys, stored_transposed
+from loraloom.adapter.experts import ExpertPlaces
 from loraloom.adapter.stored import PREFIX, StoredAdapter
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import Checkpoint
@@ -97,6 +98,7 @@ class _Edits:
 
     def __init__(self, base: Checkpoint, config: Mapping[str, Any], table: VocabularyTable | None) -> None:
         self.base, self.config, self.table = base, config, table
+        self.places = ExpertPlaces(base, config)
         self.of: dict[str, list[Edit]] = {}
         self.sources: dict[str, str] = {}  # of tensors that the base stores under another name: an untied head
         self.prefix = ""  # what the base's names lack in front
@@ -117,7 +119,18 @@ class _Edits:
                 edit(key, tokens=(_token_indices(adapter, name, module), name))
             else:
                 edit(key, replacement=name)
-        for module, found in base_keys(adapter.modules, self.base).items():
+        experts = {name: expert for name, module in adapter.modules.items() if (expert := module.expert) is not None}
+        for name, expert in experts.items():
+            places = self.places.of(expert, adapter.modules[name].shape) if self.places.keys(expert) else []
+            if not places:
+                homeless.append(name)
+            for place in places:
+                if place.index is None:
+                    edit(place.key, module=name, transposed=place.transposed, span=(place.start, place.stop))
+                else:
+                    known = own[place.key].experts if place.key in own else {}
+                    edit(place.key, transposed=place.transposed, experts=known | {place.index: name})
+        for module, found in base_keys((m for m in adapter.modules if m not in experts), self.base).items():
             key = found or self._not_stored(adapter, module, "weight")
             if key is None:
                 homeless.append(module)
@@ -125,7 +138,9 @@ class _Edits:
             shape, update = self.shape_of(key, own.get(key)), adapter.modules[module].shape
             transposed = stored_transposed(module, update, shape, dict(self.config), adapter.config)
             if key in own and own[key].module is not None:
-                raise InputError(f"{adapter.path}: {own[key].module} and {module} are both {key} of the base")
+                raise InputError(
+                    f"{adapter.path}: {own[key].module} and {module} are both {key} of the base", code="duplicate"
+                )
             edit(key, module=module, transposed=transposed)
             if found is not None and f"{module}.weight".endswith(f".{found}"):
                 self.prefix = f"{module}.weight".removesuffix(found)
@@ -184,7 +199,8 @@ def _token_indices(adapter: StoredAdapter, name: str, module: str) -> tuple[int,
     if len(given) != adapter.checkpoint.shape(name)[0]:
         raise InputError(
             f"{adapter.path}: {name} has {adapter.checkpoint.shape(name)[0]} rows, "
-            f"trainable_token_indices names {len(given)} for {module}: save the adapter again"
+            f"trainable_token_indices names {len(given)} for {module}: save the adapter again",
+            code="shape",
         )
     return tuple(given)
 
@@ -208,7 +224,8 @@ def _share_or_untie(edits: _Edits, table: VocabularyTable, plan: Plan) -> None:
     if head is None:
         raise InputError(
             f"{alone[0].adapter.path} changes {table.embedding}, which this model also uses as its output head, under "
-            "a name that is not known here: train with ensure_weight_tying=True, or merge with PEFT's merge_and_unload"
+            "a name that is not known here: train with ensure_weight_tying=True, or merge with PEFT's merge_and_unload",
+            code="tied",
         )
     by_adapter = {id(edit.adapter): edit for edit in shared if edit.replacement or edit.tokens}
     for edit in of_head:
@@ -258,7 +275,8 @@ def _check_shapes(edits: _Edits) -> None:
             if len(made) > 1 or made[0].weight != 1:
                 raise InputError(
                     f"{made[0].adapter.path} {other} {key}, which cannot be weighted or added to that of another "
-                    "adapter: merge it alone with weight 1"
+                    "adapter: merge it alone with weight 1",
+                    code="more-than-low-rank",
                 )
 
 

@@ -44,10 +44,15 @@ def check_verifiable(adapters: Sequence[str | Path], weights: Sequence[float] | 
 
     config = locate(base) / "config.json"
     if not config.is_file() or not read_json(config).get("architectures"):
-        raise InputError(f"{base} has no config.json that names its architectures: merge without --verify")
+        raise InputError(
+            f"{base} has no config.json that names its architectures: merge without --verify", code="no-architecture"
+        )
     opened = [open_stored(adapter) for adapter in adapters]
     if len({adapter.kind for adapter in opened}) > 1:
-        raise InputError("PEFT cannot load adapters of different types at once to compare with: merge without --verify")
+        raise InputError(
+            "PEFT cannot load adapters of different types at once to compare with: merge without --verify",
+            code="cannot-verify",
+        )
     weighted = any(weight != 1 for weight in weights or [])
     for adapter in opened:
         whole = any("base_layer" not in name for name in adapter.others)
@@ -57,7 +62,8 @@ def check_verifiable(adapters: Sequence[str | Path], weights: Sequence[float] | 
         if (weighted and (whole or scaled)) or (len(opened) > 1 and whole):
             raise InputError(
                 f"PEFT has no model with a weighted sum of {adapter.path}, which is more than a low-rank update, to "
-                "compare with: merge without --verify"
+                "compare with: merge without --verify",
+                code="cannot-verify",
             )
 
 
@@ -96,7 +102,7 @@ def verify_merge(
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         reason = (outcome.stderr.strip().splitlines() or [f"exit status {outcome.returncode}"])[-1]
-        raise RunFailedError(f"{out} is merged, but verifying it failed: {reason}")
+        raise RunFailedError(f"{out} is merged, but verifying it failed: {reason}", code="not-verified")
     return json.loads(outcome.stdout.splitlines()[-1])
 
 
@@ -216,7 +222,7 @@ def _outputs(model: Any, inputs: list[Any]) -> list[Any]:
             output = model(input_ids=ids, **decoder)
             values = output.logits if "logits" in output else output[0]
             if not torch.isfinite(values).all():
-                raise RunFailedError("a model gives NaN or infinity")
+                raise RunFailedError("a model gives NaN or infinity", code="not-finite")
             result.append(values.float())
     return result
 

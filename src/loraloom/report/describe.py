@@ -44,7 +44,7 @@ def figure_table(figure: Figure) -> Table:
                 by_x.setdefault(x, {})[series.name] = y
         names = [series.name for series in figure.series]
         rows = [[x, *(by_x[x].get(name) for name in names)] for x in sorted(by_x)]
-        return Table([figure.x_label, *names], rows, figure.y_label)
+        return Table([figure.x_label, *names], rows)  # the axis beside it says what is measured
     if isinstance(figure, Heatmap):
         named = [[name, *values] for name, values in zip(figure.rows, figure.values, strict=True)]
         return Table([figure.row_label, *figure.columns], named, figure.unit)

@@ -25,7 +25,7 @@ from loraloom.report.drawing import (
 )
 from loraloom.report.model import Bars, Event, Heatmap, Lines, Scatter
 from loraloom.report.scale import COLOR_STEPS, Axis, cell_decimals, color_range, color_step, linear_axis, log_axis
-from loraloom.text import amounts, fixed, number
+from loraloom.text import amounts, column, fixed, number
 
 Attributes = dict[str, Any]
 BAR_ROW, BAR = 40, 14  # pixels of a bar with its name, and of the bar
@@ -118,7 +118,7 @@ def draw_bars(figure: Bars) -> Drawing:
     samples = figure.samples or [[] for _ in figure.values]
     spans = [(v - (e or 0), v + (e or 0)) for v, e in zip(figure.values, errors, strict=True) if v is not None]
     reach = [end for span in spans for end in span] + [value for row in samples for value in row]
-    reach += [0.0] if figure.from_zero else []
+    reach += [0.0, *([figure.whole] if figure.whole is not None else [])] if figure.from_zero else []
     axis = Axis(min(reach), max(reach), []) if figure.from_zero and min(reach) < max(reach) else linear_axis(reach)
     height = BAR_ROW * len(figure.labels)
     side = 0 if figure.from_zero else 6  # room for points at the ends of the axis
@@ -147,10 +147,10 @@ def draw_bars(figure: Bars) -> Drawing:
         if not figure.from_zero:
             add(svg, "circle", cx=percent(axis.share(value)), cy=middle, r=5, cls="s0")
     if not figure.from_zero:
-        for tick in _sparse(axis.ticks):
+        for tick, label in _sparse(axis):
             anchor = {axis.low: "start", axis.high: "end"}.get(tick, "middle")
             place = {"x": percent(axis.share(tick)), "text_anchor": anchor, "cls": "small"}
-            add(svg, "text", number(tick), y=height + 8, **place)
+            add(svg, "text", label, y=height + 8, **place)
         add(svg, "text", figure.value_label, x="100%", y=height + 24, text_anchor="end", cls="small")
     return drawn
 
@@ -231,8 +231,7 @@ def _plot(
     x_label: str, y_label: str, x_axis: Axis, y_axis: Axis, height: float, right_labels: Sequence[str]
 ) -> Drawing:
     """The frame that curves and points share: grid, ticks and the names of the axes."""
-    labels = [number(tick) for tick in y_axis.ticks]
-    x_labels = [number(tick) for tick in x_axis.ticks]
+    labels, x_labels = _tick_labels(y_axis), _tick_labels(x_axis)
     left = max(map(width_of, labels)) + 12
     right = max([width_of(cut(label)) + 14 for label in right_labels] + [width_of(x_labels[-1]) / 2 + 4])
     drawn = drawing("plot", height, left=left, right=right, top=28, bottom=46)
@@ -254,15 +253,21 @@ def _fitting(values: Sequence[float], tight: bool = True) -> Axis:
     """A linear x axis with as many ticks as a phone has room to name."""
     for count in (5, 4, 3, 2):
         axis = linear_axis(values, tight=tight, count=count)
-        if sum(width_of(number(tick)) + CHARACTER for tick in axis.ticks) <= NARROW:
+        if sum(width_of(label) + CHARACTER for label in _tick_labels(axis)) <= NARROW:
             break
     return axis
 
 
-def _sparse(ticks: Sequence[float]) -> Sequence[float]:
-    """Every tick, or every second one, whichever a phone has room to name."""
-    room = sum(width_of(number(tick)) + CHARACTER for tick in ticks) <= NARROW
-    return ticks if room else ticks[::2]
+def _sparse(axis: Axis) -> Sequence[tuple[float, str]]:
+    """Every tick and its label, or every second one, whichever a phone has room to name."""
+    labels = _tick_labels(axis)
+    named = [*zip(axis.ticks, labels, strict=True)]
+    return named if sum(width_of(label) + CHARACTER for label in labels) <= NARROW else named[::2]
+
+
+def _tick_labels(axis: Axis) -> list[str]:
+    """The numbers at an axis; on a linear one all have the same decimals."""
+    return [number(tick) for tick in axis.ticks] if axis.log else column(axis.ticks)
 
 
 def _with_bottom(drawn: Drawing, bottom: float) -> Drawing:

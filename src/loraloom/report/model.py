@@ -121,6 +121,8 @@ class Bars:
     """"bytes", "s", "%" or any other, shown behind each value; "bytes" is made readable."""
     from_zero: bool = True
     """False shows points on an axis around the values, for differences that bars from zero would hide."""
+    whole: float | None = None
+    """The value of a full bar, such as 1 for shares; None: the largest value. For bars from zero."""
     samples: list[list[float]] | None = None
     """Single results behind each value: one per seed."""
     kind: str = "bars"

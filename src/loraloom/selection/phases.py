@@ -35,8 +35,8 @@ class HalveAndDouble:
 class FillBudget:
     """Once, at the end of selecting: raise all chosen adapters to the largest common rank within a budget.
 
-    ``parameters`` counts A, B and mixers of all chosen adapters; with the number that the adapters had before selecting
-    the run trains as many parameters as LoRA on all layers does, where they matter.
+    ``parameters`` counts A, B and mixers of all chosen adapters. Set to their number before selecting, the run trains
+    as many parameters as LoRA on all layers, all of them in the chosen ones.
     """
 
     parameters: int

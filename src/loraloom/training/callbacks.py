@@ -37,7 +37,10 @@ class SanityCallback(TrainerCallback):
     ) -> None:
         self.watched = [p for name, p in model.named_parameters() if p.requires_grad and self.names in name]
         if not self.watched:
-            raise RunFailedError(f"no parameter with {self.names!r} in its name trains: check method.target_modules")
+            raise RunFailedError(
+                f"no parameter with {self.names!r} in its name trains: check method.target_modules",
+                code="nothing-to-train",
+            )
         self.first_step = state.global_step
         self.saw_gradient = False
         self.norms = self._norms()
@@ -59,12 +62,14 @@ class SanityCallback(TrainerCallback):
         if not self.saw_gradient:
             raise RunFailedError(
                 f"no adapter has had a non-zero gradient in the first {steps} steps, so nothing is learned: "
-                "check that the adapted modules are used in the forward pass and that the labels are not all masked"
+                "check that the adapted modules are used in the forward pass and that the labels are not all masked",
+                code="no-gradient",
             )
         if torch.equal(self.norms, self._norms()):
             raise RunFailedError(
                 f"no adapter weight has changed in the first {steps} steps although there are gradients: the "
-                f"learning rate is {lr_scheduler.get_last_lr()[0]:g}; raise training.learning_rate"
+                f"learning rate is {lr_scheduler.get_last_lr()[0]:g}; raise training.learning_rate",
+                code="nothing-moves",
             )
         self.watched = []  # adapters that a selection drops later on are to be freed
 
@@ -81,7 +86,8 @@ class SanityCallback(TrainerCallback):
             if not math.isfinite(float(value)):
                 raise RunFailedError(
                     f"{name} is {value} at step {state.global_step}: the run has diverged; lower "
-                    f"training.learning_rate (now {args.learning_rate:g}) or use a wider model.dtype"
+                    f"training.learning_rate (now {args.learning_rate:g}) or use a wider model.dtype",
+                    code="diverged",
                 )
 
     def _norms(self) -> torch.Tensor:

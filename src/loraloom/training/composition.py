@@ -59,7 +59,7 @@ def compose_members(
             warnings.filterwarnings("ignore", rf"member .*: ({heads}), which was trained in full, stays out")
             return compose(model, members, weights, **options)
     except ValueError as error:
-        raise InputError(f"composition: {' '.join(str(error).split())}") from error
+        raise InputError(f"composition: {' '.join(str(error).split())}", code="composition") from error
 
 
 def write_portable(output: Path) -> str | None:

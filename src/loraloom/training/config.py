@@ -17,6 +17,7 @@ Task = Literal[
     "causal-lm",
     "preference",
     "image-classification",
+    "vision-language",
 ]
 Format = Literal["auto", "chat", "prompt-completion", "text", "sharegpt", "alpaca"]
 Method = Literal["lora", "moslora", "dora", "weightlora", "weightlora+", "composition", "full", "probe"]
@@ -42,11 +43,13 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 @dataclass
 class ModelSection:
     name: str = "builtin:minilm"
-    """Hub id, local directory, or `builtin:minilm`: the 22M-parameter encoder of the extra `quickstart`."""
+    """Hub id, local directory, or a model that comes as a package: `builtin:minilm`, the 22M-parameter encoder of the
+    extra `quickstart`, or `builtin:smollm2`, SmolLM2-135M-Instruct, of the extra `quickstart-llm`."""
     task: Task = "text-classification"
     """`text-classification` (single texts, or pairs with data.text_pair_column), `multi-label`, `text-regression`,
     `token-classification` and `image-classification` put a head on an encoder; `seq2seq-lm` writes a text from a text;
-    `causal-lm` is supervised fine-tuning (TRL's SFTTrainer); `preference` is DPO (TRL's DPOTrainer)."""
+    `causal-lm` is supervised fine-tuning (TRL's SFTTrainer), and so is `vision-language`, on texts with images;
+    `preference` is DPO (TRL's DPOTrainer)."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Precision of the frozen base weights; adapters are float32 in any case. `auto`: as the checkpoint stores them."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -57,7 +60,7 @@ class ModelSection:
 class DataSection:
     path: str = "stdlib-docstrings"
     """Local .jsonl, .json, .csv, .tsv, .txt or .parquet file, hub data set, folder of images in a folder per label, or
-    the built-in `stdlib-docstrings`."""
+    built in: `stdlib-docstrings` (text and label), and the same as `stdlib-questions` (prompt and completion)."""
     test_path: str | None = None
     """File with the test set. Default: the data set's own test split (or its validation split, where the test labels
     are hidden or missing), else `test_fraction` of `path`."""
@@ -71,8 +74,14 @@ class DataSection:
     validation_fraction: Number = 0.1
     """Share of the training rows that becomes the validation set where there is no other, chosen by the same hash.
     0: none, and no evaluation while training."""
+    mix: dict[str, Number] = field(default_factory=dict)
+    """Further sets to train on: path to its share of the training rows; `path` has the rest. They have the same
+    columns. Test and validation rows are those of `path`; rows that are equal to one of them are left out."""
+    mix_until: Literal["first", "all"] = "first"
+    """mix: `first`: draw until one of the sets has no more rows, so that no row comes twice; `all`: until every row
+    has come, shorter sets begin anew."""
     text_column: str | None = None
-    """Column with the text (token-classification: with the words; image-classification: with the image). Default:
+    """Column with the text (token-classification: with the words; image tasks: with the image or images). Default:
     `text`, or the only column of strings apart from the label."""
     text_pair_column: str | None = None
     """Column with the second text of a pair, such as the hypothesis to a premise in `text_column`."""
@@ -223,8 +232,8 @@ class RunConfig:
     composition: CompositionSection = field(default_factory=CompositionSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING_DEFAULTS))
-    """Any key of TrainingArguments, of SFTConfig (causal-lm), DPOConfig (preference) or Seq2SeqTrainingArguments
-    (seq2seq-lm); and those of TRAINING_KEYS."""
+    """Any key of TrainingArguments, of SFTConfig (causal-lm, vision-language), DPOConfig (preference) or
+    Seq2SeqTrainingArguments (seq2seq-lm); and those of TRAINING_KEYS."""
     output: OutputSection = field(default_factory=OutputSection)
 
 

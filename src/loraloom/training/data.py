@@ -13,6 +13,7 @@ from datasets import Dataset
 from loraloom.errors import InputError
 from loraloom.training.config import DataSection
 from loraloom.training.config import Task as TaskName
+from loraloom.training.mixing import joined, mixed
 from loraloom.training.sources import read_parts
 from loraloom.training.stdlib_docstrings import text_hash
 from loraloom.training.tasks import get_task
@@ -30,22 +31,33 @@ def load_data(section: DataSection, task: TaskName) -> RunData:
             or of the wrong kind, a single label, or a label in test that train does not have.
     """
     kind = get_task(task)
-    source = read_parts(section, images=task == "image-classification")
+    images = task == "image-classification"
+    source = read_parts(section, images)
+    others = {path: read_parts(DataSection(path=path), images)["train"] for path in section.mix}
     columns = source["train"].column_names
     label = section.label_column or next((name for name in ("label", "labels") if name in columns), "")
     if "test" in source and label and not section.test_path and labels_are_hidden(source["test"], label):
         del source["test"]  # as in many public data sets, whose validation set then is what can be tested on
     if "test" not in source and "validation" in source and not section.validation_path:
         source["test"] = source.pop("validation")
+    own = len(source["train"])
+    if others:
+        source["train"] = joined(source["train"], others)
     rows = kind.rows(section, source)
     parts = rows.parts
     train, validation, test = (parts.get(name) for name in ("train", "validation", "test"))
     assert train is not None
+    more = None
+    if others:
+        train, more = train.select(range(own)), train.skip(own)
     if test is None:
         train, test = _divide(train, section.test_fraction)
     if validation is None and section.validation_fraction:
         rest, validation = _divide(train, section.validation_fraction, salt="validation")
         train, validation = (rest, validation) if len(rest) else (train, None)
+    counts: dict[str, int] = {}
+    if more is not None:
+        train, counts = _mixed(section, train, more, {path: len(one) for path, one in others.items()}, validation, test)
     train, test = _subsample(train, section.max_train), _subsample(test, section.max_test)
     validation = None if validation is None or not len(validation) else _subsample(validation, section.max_test)
     for part, name in ((train, "train"), (test, "test")):
@@ -55,9 +67,26 @@ def load_data(section: DataSection, task: TaskName) -> RunData:
                 code="empty-set",
             )
     ignored = tuple(name for name in columns if name not in rows.read)
-    data = RunData(train, test, rows.label_names, validation, ignored)
+    data = RunData(train, test, rows.label_names, validation, ignored, counts)
     kind.check(section, data)
     return data
+
+
+def _mixed(
+    section: DataSection, own: Dataset, more: Dataset, sizes: dict[str, int], *held_out: Dataset | None
+) -> tuple[Dataset, dict[str, int]]:
+    """The training rows of `data.path` with those of `data.mix`, and how many come from each."""
+    held = {row_hash(row) for rows in held_out if rows is not None for row in rows}
+    sets, start = [own], 0
+    for size in sizes.values():
+        sets.append(more.select([i for i in range(start, start + size) if row_hash(more[i]) not in held]))
+        start += size
+    for path, rows in zip((section.path, *sizes), sets, strict=True):
+        if not len(rows):
+            raise InputError(f"data.mix: no row of {path!r} is left to train on", code="empty-set")
+    shares = [float(share) for share in section.mix.values()]
+    train, counts = mixed(sets, [1 - sum(shares), *shares], section.mix_until)
+    return train, dict(zip((section.path, *sizes), counts, strict=True))
 
 
 def row_hash(row: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loraloom.training.config import CLASSIFICATION
@@ -34,6 +34,8 @@ class DataReport:
     max_length: int
     ignored_columns: list[str]
     warnings: list[str]
+    sources: dict[str, int] = field(default_factory=dict)
+    """With data.mix: training rows from each set."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for metrics.json."""
@@ -42,6 +44,8 @@ class DataReport:
     def lines(self) -> list[str]:
         """What the terminal shows."""
         found = [", ".join(f"{count:,} rows to {_PURPOSES[part]}" for part, count in self.rows.items())]
+        if self.sources:
+            found.append("trained on: " + ", ".join(f"{path} {count:,}" for path, count in self.sources.items()))
         if self.classes:
             listed = [f"{name} {count:,}" for name, count in self.classes.items()]
             more = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
@@ -86,6 +90,7 @@ def report_on(data: RunData, task: TaskName, lengths: Iterable[int], max_length:
         max_length=max_length,
         ignored_columns=list(data.ignored),
         warnings=[*_odd_labels(counts), *_empty_classes(counts)],
+        sources=data.sources,
     )
 
 

@@ -134,7 +134,9 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
         state = trainer.state
         if interrupt.requested and state.global_step < state.max_steps:
             saved = output / CHECKPOINTS / f"checkpoint-{state.global_step}"
-            raise RunInterruptedError(f"stopped after step {state.global_step} of {state.max_steps}; saved {saved}")
+            raise RunInterruptedError(
+                f"stopped after step {state.global_step} of {state.max_steps}; saved {saved}", code="interrupted"
+            )
         validation = validation_metrics(trainer, setup)
         after, evidence = evaluate_test(trainer, setup)
         written = _both(written, sample_answers(trainer, setup))

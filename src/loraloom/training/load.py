@@ -84,18 +84,24 @@ def read_sections(
     raw = _read(path, names) if path else {}
     for name in raw:
         if name not in names:
-            raise InputError(f"{path}: unknown section {name!r}{_home_of(name) or did_you_mean(name, names)}")
+            raise InputError(
+                f"{path}: unknown section {name!r}{_home_of(name) or did_you_mean(name, names)}", code="unknown-section"
+            )
     sections: dict[str, dict[str, Any]] = {}
     for name in names:
         section = raw.get(name) or {}
         if not isinstance(section, dict):
-            raise InputError(f"{path}: section {name!r} holds {section!r}; expected keys and values")
+            raise InputError(
+                f"{path}: section {name!r} holds {section!r}; expected keys and values", code="not-sections"
+            )
         sections[name] = dict(section)
     for key, text in overrides:
         section_name, _, rest = key.partition(".")
         if section_name not in names or not rest:
             hint = did_you_mean(section_name, names)
-            raise InputError(f"--{key}: expected --section.key with a section of {', '.join(names)}{hint}")
+            raise InputError(
+                f"--{key}: expected --section.key with a section of {', '.join(names)}{hint}", code="unknown-section"
+            )
         sections[section_name][rest] = _override_value(section_name, rest, text)
     return sections
 
@@ -128,7 +134,7 @@ def build_section(cls: type, name: str, values: Mapping[str, Any]) -> Any:
             near = did_you_mean(value, choices(hints[key])) if isinstance(value, str) else ""
             if bool in options(hints[key]) and str(value).lower() in ("yes", "no", "on", "off"):
                 near = "; write true or false"
-            raise InputError(f"{name}.{key}: {value!r} is not {describe(hints[key])}{near}")
+            raise InputError(f"{name}.{key}: {value!r} is not {describe(hints[key])}{near}", code="option-value")
     return cls(**values)
 
 
@@ -142,19 +148,21 @@ def unknown_key(section: str, key: str, known: Sequence[str]) -> InputError:
     # A mere slip is answered at once; `_home_of` may have to load the library that knows the keys of `training`.
     hint = did_you_mean(key, known, cutoff=0.85) or _home_of(key, section) or did_you_mean(key, known)
     hint = hint or f"; expected one of {', '.join(known)}"
-    return InputError(f"unknown key {section}.{key}{hint}")
+    return InputError(f"unknown key {section}.{key}{hint}", code="unknown-key")
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         here = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise InputError(f"{path}: no such file{did_you_mean(path.name, here)}")
+        raise InputError(f"{path}: no such file{did_you_mean(path.name, here)}", code="no-file")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}", code="yaml") from None
     if not isinstance(raw, dict | None):
-        raise InputError(f"{path}: holds a {type(raw).__name__}; expected sections {', '.join(names)}")
+        raise InputError(
+            f"{path}: holds a {type(raw).__name__}; expected sections {', '.join(names)}", code="not-sections"
+        )
     return raw or {}
 
 

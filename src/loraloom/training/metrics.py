@@ -84,6 +84,7 @@ def _exact_match(predictions: Sequence[str], references: Sequence[str]) -> float
     return sum(matches) / len(matches)
 
 
+WRITING_NEXT = ("causal-lm", "vision-language")  # judged by the loss of the next token
 _LABELS = (*CLASSIFICATION, "multi-label")
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(CLASSIFICATION, _sklearn("accuracy_score")),
@@ -107,7 +108,7 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric(("seq2seq-lm",), _exact_match),
     "bleu": Metric(("seq2seq-lm",), _sacrebleu("corpus_bleu"), "sacrebleu"),
     "chrf": Metric(("seq2seq-lm",), _sacrebleu("corpus_chrf"), "sacrebleu"),
-    "perplexity": Metric(("causal-lm",), None),
+    "perplexity": Metric(WRITING_NEXT, None),
     "reward_accuracy": Metric(("preference",), None),
     "reward_margin": Metric(("preference",), None),
 }
@@ -120,6 +121,7 @@ DEFAULTS: dict[Task, tuple[str, ...]] = {
     "causal-lm": ("perplexity",),
     "preference": ("reward_accuracy", "reward_margin"),
     "image-classification": ("accuracy", "macro_f1"),
+    "vision-language": ("perplexity",),
 }
 
 
@@ -129,8 +131,8 @@ def metric_names(task: Task, chosen: Sequence[str] | None = None) -> list[str]:
 
 
 def main_metric(task: Task, chosen: Sequence[str] | None = None) -> str:
-    """What a run is judged by: the first metric; the loss for causal-lm, as perplexity is the same number."""
-    return "loss" if task == "causal-lm" else metric_names(task, chosen)[1]
+    """What a run is judged by: the first metric; the loss for language models, as perplexity is the same."""
+    return "loss" if task in WRITING_NEXT else metric_names(task, chosen)[1]
 
 
 def check_metrics(task: Task, chosen: Any) -> None:

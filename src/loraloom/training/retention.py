@@ -52,7 +52,7 @@ def load_retention(section: DataSection, task: Task) -> RunData | None:
     try:
         return load_data(rows, task)
     except InputError as error:
-        raise InputError(f"data.retention: {error}") from None
+        raise InputError(f"data.retention: {error}", code="retention") from None
 
 
 class Retention:
@@ -113,7 +113,8 @@ class FrozenProbe:
             return mean_pooled(_body(model), self.tokenizer, rows["text"][:], self.max_length)
         except AttributeError as error:
             raise InputError(
-                f"data.retention: {type(_body(model)).__name__} gives no token features ({error})"
+                f"data.retention: {type(_body(model)).__name__} gives no token features ({error})",
+                code="retention",
             ) from error
         finally:
             model.train(training)

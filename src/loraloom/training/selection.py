@@ -33,13 +33,14 @@ class RunSelection(SelectionCallback):
         try:
             super().on_train_begin(args, state, control, **kwargs)
         except ValueError as error:
-            raise InputError(f"method: {' '.join(str(error).split())}") from error
+            raise InputError(f"method: {' '.join(str(error).split())}", code="method") from error
         before, now = self.phases_before, cast(Phases, self.selection.phases)
         if before is not None and before != now:
             raise InputError(
                 f"--resume: the run has {state.max_steps} steps now, which moves the selection from steps "
                 f"{_span(before)} to {_span(now)}: resume with the length that it had, or start anew with whole steps "
-                "in method.warmup_steps and method.select_until"
+                "in method.warmup_steps and method.select_until",
+                code="resume-differs",
             )
 
     def on_train_end(
@@ -66,7 +67,9 @@ def select_in(trainer: Trainer, config: RunConfig) -> RunSelection:
         InputError: a key is out of range, or the model cannot be selected from; or it is sharded.
     """
     if trainer.is_fsdp_enabled:
-        raise InputError(f"method.name {config.method.name!r} disconnects whole adapters, FSDP shards them: use DDP")
+        raise InputError(
+            f"method.name {config.method.name!r} disconnects whole adapters, FSDP shards them: use DDP", code="fsdp"
+        )
     method = config.method
     options = {key: getattr(method, key) for key in SELECTION_KEYS if getattr(method, key) is not None}
     model, optimizer = cast(PeftModel, trainer.model), cast(WeightAdam, trainer.optimizer)
@@ -75,7 +78,7 @@ def select_in(trainer: Trainer, config: RunConfig) -> RunSelection:
             model, optimizer, expand=_expansion(method), seed=config.training["seed"], **options
         )
     except ValueError as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
+        raise InputError(f"method: {' '.join(str(error).split())}", code="method") from error
     callback = RunSelection(selection, trainer.log)
     trainer.add_callback(callback)
     return callback

@@ -10,9 +10,9 @@ from datasets import Dataset, DatasetDict
 from loraloom.errors import InputError
 from loraloom.text import did_you_mean
 from loraloom.training.config import DataSection
-from loraloom.training.stdlib_docstrings import stdlib_docstrings
+from loraloom.training.stdlib_docstrings import as_questions, stdlib_docstrings
 
-BUILT_IN = "stdlib-docstrings"
+BUILT_IN = ("stdlib-docstrings", "stdlib-questions")
 READERS = {
     ".jsonl": Dataset.from_json,
     ".json": Dataset.from_json,
@@ -43,9 +43,10 @@ def read_parts(section: DataSection, images: bool = False) -> dict[str, Dataset]
 
 def _read_path(section: DataSection, images: bool) -> dict[str, Dataset]:
     path = Path(section.path)
-    if section.path == BUILT_IN:
+    if section.path in BUILT_IN:
         texts, labels, in_test = stdlib_docstrings()
-        rows = Dataset.from_dict({"text": texts, "label": labels})
+        columns = {"text": texts, "label": labels} if section.path == BUILT_IN[0] else as_questions(texts, labels)
+        rows = Dataset.from_dict(columns)
         return {
             "train": rows.select([i for i, chosen in enumerate(in_test) if not chosen]),
             "test": rows.select([i for i, chosen in enumerate(in_test) if chosen]),
@@ -59,8 +60,8 @@ def _read_path(section: DataSection, images: bool) -> dict[str, Dataset]:
             loaded = datasets.load_dataset(section.path, section.subset)
     except Exception as error:  # the hub, the network, a folder without data: each has errors of its own
         raise InputError(
-            f"data.path {section.path!r}: not {BUILT_IN!r}, not a file ending in {', '.join(READERS)}, and no data set "
-            f"that can be loaded ({type(error).__name__}: {_one_line(error)})",
+            f"data.path {section.path!r}: not {' or '.join(BUILT_IN)}, not a file ending in {', '.join(READERS)}, and "
+            f"no data set that can be loaded ({type(error).__name__}: {_one_line(error)})",
             code="no-data",
         ) from error
     if not isinstance(loaded, DatasetDict) or "train" not in loaded:

@@ -56,6 +56,12 @@ _STARTERS: dict[Task, tuple[str, list[str], str, list[str]]] = {
         "images/train/cat/1.png, images/train/dog/2.png, images/test/cat/3.png: a folder for each label",
         ["learning_rate: 1.0e-3"],
     ),
+    "vision-language": (
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        [],
+        '{"image": "cat.png", "prompt": "What is this?", "completion": "A cat."}; or messages',
+        ["learning_rate: 2.0e-4", "gradient_accumulation_steps: 4"],
+    ),
 }
 
 

@@ -51,6 +51,14 @@ def stdlib_docstrings(library: Path | None = None) -> tuple[list[str], list[str]
     return texts, [package for _, package in rows], [text_hash(text) % 100 < TEST_PERCENT for text in texts]
 
 
+def as_questions(texts: list[str], labels: list[str]) -> dict[str, list[str]]:
+    """The same for a language model: columns `prompt` and `completion`; the answer is the package's name."""
+    return {
+        "prompt": [f"Docstring: {text}\nPackage of Python's standard library:" for text in texts],
+        "completion": [f" {label}" for label in labels],
+    }
+
+
 def _paragraphs(library: Path) -> Iterator[tuple[str, str]]:
     """(top-level package, first paragraph) of every docstring under `library`, file by file in sorted order."""
     for path in sorted(library.rglob("*.py")):

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from peft import LoraConfig, PeftConfig
@@ -16,6 +17,9 @@ INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 BIASES = ("none", "all", "loom_only")
 # The adapter starts as an exact identity only if B M A equals what is subtracted, so the mixer starts as I.
 INITS_WITH_IDENTITY_MIXER = ("orthogonal", "pissa", "olora")
+# What a person finds in the folder after ``KeyError: 'LOOM'``, all that PEFT says.
+_REQUIRES = "pip install loraloom, and import loraloom before the adapter is loaded"
+_NOTE = f"This adapter is of type LOOM: {_REQUIRES}. Without it PEFT raises `KeyError: 'LOOM'`."
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
@@ -27,9 +31,8 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
 class LoomConfig(PeftConfig):
     """Configuration of a loom adapter: ``W' = m * norm(W + g s B M A)`` with each part optional.
 
-    With the defaults it is plain LoRA. ``use_mixer`` adds M (MoSLoRA), ``use_gate`` adds g (WeightLoRA),
-    ``use_dora`` adds m and the norm (DoRA); they combine freely. The keys that LoRA has too mean what they mean in
-    ``peft.LoraConfig``.
+    With the defaults it is plain LoRA. ``use_mixer`` adds M (MoSLoRA), ``use_gate`` adds g (WeightLoRA), ``use_dora``
+    adds m and the norm (DoRA); they combine freely. Keys that ``peft.LoraConfig`` also has mean the same.
 
     Raises:
         ValueError: a value is out of range, or the adapter was written in a newer format.
@@ -78,7 +81,7 @@ class LoomConfig(PeftConfig):
     """Rows of the embedding to train besides the adapters (PEFT's trainable tokens)."""
     target_parameters: list[str] | None = None
     """Names (or name endings) of bare parameters to adapt: ["experts.gate_up_proj", "experts.down_proj"] in most
-    mixtures of experts. Without ``use_dora``, dropout and the starts from the base weight."""
+    mixtures of experts. Without ``use_dora`` and the starts from the base weight."""
     allow_unmatched: bool = False
     """Warn, instead of raising, when a name in target_modules or a pattern matches nothing."""
     composition: Composition | None = None
@@ -108,6 +111,8 @@ class LoomConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOOM
+        if self.auto_mapping:  # what save_pretrained adds is for a person
+            self.auto_mapping = {name: v for name, v in self.auto_mapping.items() if name != "requires"} or None
         if self.loom_format_version not in (None, FORMAT_VERSION):
             raise ValueError(
                 f"loom_format_version={self.loom_format_version!r}: this loraloom reads version {FORMAT_VERSION}. "
@@ -146,6 +151,28 @@ class LoomConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
+
+    def __getattr__(self, name: str) -> Any:
+        # X-LoRA and others take a configuration for LoRA's without asking for its type.
+        if hasattr(LoraConfig, name) or name in (f.name for f in fields(LoraConfig)):
+            message = (
+                f"LoomConfig has no {name!r}: what asked for it takes adapters of type LORA alone, and this one is of "
+                "type LOOM. Use peft.LoraConfig, or write the adapter as a LoRA with loraloom export."
+            )
+        else:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=self)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; README.md and ``auto_mapping`` then say that loading needs loraloom."""
+        mapping = kwargs.pop("auto_mapping_dict", None) or self.auto_mapping
+        if mapping or self.task_type:  # without either, PEFT's AutoPeftModel says that it has nothing to go by
+            kwargs["auto_mapping_dict"] = (mapping or {}) | {"requires": _REQUIRES}
+        super().save_pretrained(save_directory, **kwargs)
+        readme = Path(save_directory, "README.md")
+        text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+        if "import loraloom" not in text:
+            readme.write_text(f"{text.rstrip()}\n\n{_NOTE}\n".lstrip(), encoding="utf-8")
 
     @classmethod
     def lora(cls, **kwargs: Any) -> Self:

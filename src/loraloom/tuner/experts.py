@@ -53,7 +53,8 @@ class ParamWrapper(LoomLayer):
     def update_layer(self, adapter_name: str, config: LoomConfig, r: int, lora_alpha: float) -> None:
         unsupported = {
             "use_dora": config.use_dora,
-            "lora_dropout": config.lora_dropout,
+            # torch has several ways to compute attention, and only one of them multiplies by the weight.
+            "lora_dropout": config.lora_dropout and isinstance(self.get_base_layer(), nn.MultiheadAttention),
             "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
             "composition": config.composition is not None,
         }
@@ -78,6 +79,9 @@ class ParamWrapper(LoomLayer):
                 initialization.init_mixer(block, config)
         if (gate := self.optional_factor("gate", adapter_name)) is not None:
             gate.fill_(1)
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
 
     # The base: a parameter in place of a module's weight
 
@@ -159,20 +163,26 @@ class ParamWrapper(LoomLayer):
         )
 
     def adapted_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        factors = [self.expert_factors(name) for name in adapters]
-        W = self.get_base_weight()
-        A, B = (
-            torch.cat([A for A, _ in factors], dim=1).to(W.dtype),
-            torch.cat([B for _, B in factors], dim=2).to(W.dtype),
-        )
-        L, R = (A.mT, B.mT) if W.dim() == 3 and self._is_transposed else (B, A)
+        adapted: Any = self.get_base_weight()
+        drops = [name for name in adapters if self.training and self.dropout[name]]
+        plain = [name for name in adapters if name not in drops]
+        for names in [plain] * bool(plain) + [[name] for name in drops]:  # each mask is one adapter's
+            adapted = self._adapt_stack(adapted, names, self.dropout[names[0]] if names is not plain else 0.0)
         module = self.get_base_layer()
         # In front of the module's own parameter, which is not touched.
-        vars(module)[self.parameter_name] = AdaptedStack(W, L, R) if W.dim() == 3 else AdaptedStack(W, L[0], R[0])
+        vars(module)[self.parameter_name] = adapted
         try:
             return self.base_layer(x, *args, **kwargs)
         finally:
             del vars(module)[self.parameter_name]
+
+    def _adapt_stack(self, W: Any, adapters: list[str], dropout: float) -> AdaptedStack:
+        factors = [self.expert_factors(name) for name in adapters]
+        A = torch.cat([A for A, _ in factors], dim=1).to(W.dtype)
+        B = torch.cat([B for _, B in factors], dim=2).to(W.dtype)
+        if W.dim() == 2:
+            return AdaptedStack(W, B[0], A[0], dropout)
+        return AdaptedStack(W, *((A.mT, B.mT) if self._is_transposed else (B, A)), dropout)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         raise InputError(

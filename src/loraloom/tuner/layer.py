@@ -318,11 +318,13 @@ class LoomLayer(nn.Module, MergingLayer, ScaledLayer):
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries for {len(x)} samples: give one name per sample, "
-                f"{BASE!r} for none."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)}: give one name per sample, {BASE!r} for none."
             )
         if self.merged:
-            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         names = [name for name in dict.fromkeys(adapter_names) if self.has_adapter(name)]
         if len(names) == 1 and adapter_names.count(names[0]) == len(x):
             return self.adapted_forward(x, names, *args, **kwargs)

@@ -62,7 +62,7 @@ def as_lora(config: LoomConfig, model: nn.Module) -> LoraConfig | None:
 def load_lora(
     model: PreTrainedModel | nn.Module, folder: str, adapter_name: str = "default", **parts: Any
 ) -> PeftModel:
-    """A LoRA on disk as an adapter of ours, to go on with other parts; it starts as the function that the LoRA is.
+    """Loads a LoRA as a loom adapter, to train on with more parts; it starts as the same function.
 
     A mixer starts as the identity, a gate as 1, and the magnitude of a LoRA without one as the row norm of its weight.
     `loraloom.composition.to_lora` and ``loraloom export`` are the way back.

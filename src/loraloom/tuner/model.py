@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loraloom.errors import InputError
+from loraloom.tuner import neighbours
 from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
@@ -69,7 +70,7 @@ class LoomModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's merging of LoRA factors, which adds cross terms; there is none for these layers.
+        """Refused: PEFT's way to merge LoRA factors adds cross terms.
 
         Raises:
             InputError: always; the message names what to use.
@@ -187,11 +188,14 @@ class LoomModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names works in eval mode only: call model.eval() first.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
         known = {name for layer in self.modules() if isinstance(layer, LoomLayer) for name in layer.holder("A")}
         unknown = sorted({*names} - known - {BASE})
         if unknown:
-            raise ValueError(f"adapter_names has {unknown}; the model's adapters are {sorted(known)} and {BASE!r}.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model's adapters are "
+                f"{', '.join(sorted(known))} and {BASE}."
+            )
         if reads := [name for name, layer in self.model.named_modules() if getattr(layer, "weight_is_read", False)]:
             raise InputError(
                 f"adapter_names cannot be used: the model reads the weight of {reads[0]} instead of calling it, so all "
@@ -248,3 +252,4 @@ def _pass_adapter_names(_module: nn.Module, args: tuple, kwargs: dict, adapter_n
 
 
 register(LoomConfig, LoomModel)
+neighbours.watch()

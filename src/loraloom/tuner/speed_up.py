@@ -70,7 +70,7 @@ def speed_up(model: nn.Module) -> SpeedUpReport:
         model: a PeftModel, or a model with injected LoRA layers (transformers' ``add_adapter``, diffusers).
 
     Returns:
-        What is computed by whom.
+        Which layers loraloom computes; which stay PEFT's, and why.
 
     Raises:
         InputError: the model has no LoRA layers.

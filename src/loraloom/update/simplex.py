@@ -106,7 +106,7 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class KSparse:
-    """At most k gates are open: `project_k_sparse`. The reference recipe keeps k = 20 of 36 or 60."""
+    """At most k gates are open: `project_k_sparse`. The reference code keeps k = 20 of 60."""
 
     k: int
     by: Literal["signed", "magnitude"] = "signed"

@@ -6,6 +6,7 @@ MoSLoRA 2406.11909 (M), WeightLoRA 2506.02724 (g).
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -49,6 +50,14 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
+def without_autocast(device: str) -> AbstractContextManager:
+    """What is made of weights alone is computed in their dtype: autocast would round it for many batches to come.
+
+    It also refuses to join float16 tensors where its own dtype is bfloat16.
+    """
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
 def scale(term: Term) -> Tensor | float:
     """``g s``: a float, or with a gate a tensor of the gate's shape."""
     return term.scaling if term.gate is None else term.gate * term.scaling
@@ -61,6 +70,11 @@ def stack(terms: Sequence[Term]) -> Term:
     """
     if len(terms) == 1:
         return terms[0]
+    with without_autocast(terms[0].A.device.type):
+        return _stack(terms)
+
+
+def _stack(terms: Sequence[Term]) -> Term:
     A, B, ranks = _stack_factors([t.A if t.M is None else t.M.to(t.A.dtype) @ t.A for t in terms], [t.B for t in terms])
     scalings = tuple(t.scaling for t in terms)
     gate = None
@@ -123,6 +137,11 @@ def fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
     Exact up to one rounding of each factor in at least float32.
     """
+    with without_autocast(terms[0].A.device.type):
+        return _fold(terms)
+
+
+def _fold(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(*(factor for term in terms for factor in (term.A, term.B)))
     # Before they are multiplied: terms may all but cancel, and rounding M A would not.
     term = stack(

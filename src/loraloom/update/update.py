@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.update import split
-from loraloom.update.terms import Term, autocast_dtype, compute_dtype, fold
+from loraloom.update.terms import Term, autocast_dtype, compute_dtype, fold, without_autocast
 from loraloom.update.traced import is_traced
 
 # A row whose squared norm is under this share of ||W_i||^2 has cancelled. The expansion of row_norm adds numbers of
@@ -100,6 +100,11 @@ def row_norm(
         (out,) in at least float32, without gradient: to DoRA the norm is a constant. 0 for a row of zeros. Divide by it
         with :func:`row_scale`.
     """
+    with without_autocast(W.device.type):
+        return _row_norm(W, A, B, W_squared, scaling, W_A)
+
+
+def _row_norm(W: Tensor, A: Tensor, B: Tensor, W_squared: Tensor | None, scaling: float, W_A: Tensor | None) -> Tensor:
     dtype = compute_dtype(A, B)
     W_squared = squared_row_norm(W) if W_squared is None else W_squared
     W_A = _times_transposed(W, A) if W_A is None else W_A

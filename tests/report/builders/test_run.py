@@ -75,7 +75,7 @@ def test_curves_start_before_training_and_end_with_the_result():
     assert (validation.name, validation.x, validation.y) == ("validation", [20, 40], [1.0, 0.5])
     assert (test.name, test.x, test.points) == ("test", [], [(0, 2.0), (40, 0.5)])
     names = [series.name for series in drawn["Accuracy and macro-F1"].series]
-    assert names == ["accuracy", "accuracy, test", "macro-F1", "macro-F1, test"]
+    assert names == ["accuracy, validation", "accuracy, test", "macro-F1, validation", "macro-F1, test"]
     assert drawn["Learning rate"].series[0].y == [1e-3, 5e-4]
     assert drawn["Gradient norm"].log_y
     assert [(event.label, event.x) for event in drawn["Loss"].events] == [("1 dropped, 1 widened", 5), ("0 dropped", 9)]
@@ -102,7 +102,7 @@ def test_gates_by_layer_and_over_time():
 def test_baselines_are_compared_with():
     report = run_report(result(), RunConfig(), "c", HISTORY, baselines={"linear probe": 0.6})
     drawn = figures(report)
-    assert drawn["What it gains"] == Bars("accuracy", ["linear probe", "WeightLoRA"], [0.6, 0.75])
+    assert drawn["What it gains"] == Bars("accuracy", ["linear probe", "WeightLoRA"], [0.6, 0.75], whole=1.0)
     assert drawn["Accuracy and macro-F1"].references == {"linear probe": 0.6}
     assert "linear probe 0.6" in report.lead
     assert "What it gains" not in figures(run_report(result(), RunConfig(), "c", HISTORY))

@@ -65,6 +65,21 @@ def test_retention_is_drawn_against_the_task():
     assert section.table.rows[1] == [0.5, 0.4, 0.5, 0.5]
 
 
+def test_rewinding_is_a_second_curve_from_the_same_point():
+    points = sweep({"accuracy": lambda s: 0.8 * s, "retention_accuracy": lambda s: 1 - s})
+    points += [SweepPoint(0.5, {"accuracy": 0.1, "retention_accuracy": 0.9}, 0.0, rewound=True)]
+    section = trade_off_section(points)
+    drawn = [(point.group, point.x, point.y) for point in section.figure.points]
+    one, two = dict.fromkeys(group for group, _, _ in drawn)
+    assert drawn == [(one, 0.0, 0.8), (one, 0.5, 0.4), (one, 1.0, 0.0), (two, 0.0, 0.8), (two, 0.9, 0.1)]
+    assert [row[1:] for row in section.table.rows] == [
+        [1.0, 0.8, 0.0],
+        [0.5, 0.4, 0.5],
+        [0.0, 0.0, 1.0],
+        [0.5, 0.1, 0.9],
+    ]
+
+
 def test_loss_and_perplexity_are_one_number():
     section = trade_off_section(sweep({"loss": lambda s: s, "perplexity": lambda s: 402.4034}))
     assert isinstance(section.figure, Lines)

@@ -17,6 +17,7 @@ from loraloom.training.compare.statistics import (
 )
 
 DIFFERENCES = [[0.1, 0.2, 0.3], [0.1, -0.2, 0.3, 0.05], [1.0, 1.0, 2.0, -1.0, 0.5, 0.25, 3.0], [-0.01, -0.02]]
+BROKEN = [math.nan, math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 31])
@@ -69,6 +70,24 @@ def test_without_spread_the_t_test_says_nothing():
     assert t_test_p([0.5]) is None
     assert t_test_p([0.5, 0.5, 0.5]) is None
     assert t_test_p([0.1 + 0.2, 0.3, 0.3]) is None  # equal up to rounding
+
+
+@pytest.mark.parametrize("counts", [range(-4, 20), [3, -1] * 12, [1] * MOST_PAIRS])
+def test_many_pairs_are_counted_exactly(counts):
+    """Against the distribution of the signed sum of whole numbers, by convolution."""
+    sums = {0: 1}
+    for count in counts:
+        reached = {old + sign * count for old in sums for sign in (-1, 1)}
+        sums = {total: sums.get(total - count, 0) + sums.get(total + count, 0) for total in reached}
+    observed = abs(sum(counts))
+    far = sum(ways for total, ways in sums.items() if abs(total) >= observed)
+    assert sign_flip_p([0.005 * count for count in counts]) == far / sum(sums.values())
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_run_that_diverged_is_no_evidence(broken):
+    with pytest.raises(ValueError, match="finite"):
+        paired_test([0.9, broken, 0.8], [0.5, 0.5, 0.5])
 
 
 def test_too_many_pairs_to_enumerate():

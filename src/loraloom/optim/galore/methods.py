@@ -82,7 +82,7 @@ class GaLore(ProjectedOptimizer):
 
 
 class Fira(GaLore):
-    """GaLore, and the part of the gradient outside the basis as well, scaled as the inner optimizer scaled the rest.
+    """GaLore plus the gradient outside the basis, scaled as the inner optimizer scaled the part inside.
 
     Chen et al., arXiv 2410.01623. Full-rank steps at GaLore's memory; it holds the whole gradient until the step, so
     it goes neither layer-wise nor with FSDP2. In the released code ``scale`` multiplies neither the residual nor, in

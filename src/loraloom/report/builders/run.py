@@ -136,7 +136,7 @@ def _comparison(result: "RunResult", baselines: Mapping[str, float]) -> Section:
     rows = {**baselines, METHODS.get(result.method, result.method): result.after["accuracy"]}
     one = number(1 / result.test_rows, digits=2)
     note = f"Accuracy on the same {result.test_rows:,} test rows; one of them is {one}."
-    return Section("What it gains", note, Bars("accuracy", [*rows], [*rows.values()]))
+    return Section("What it gains", note, Bars("accuracy", [*rows], [*rows.values()], whole=1.0))
 
 
 def _loss(result: "RunResult", history: Sequence[Mapping[str, Any]], selection: "SelectionLog | None") -> Section:
@@ -164,7 +164,7 @@ def _metric(
 def _evaluated(result: "RunResult", history: Sequence[Mapping[str, Any]], name: str, prefix: str = "") -> list[Series]:
     """A curve of the evaluations while training, and rings on the test set, before and after."""
     points = {entry["step"]: finite(entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry}
-    curves = [_series(prefix or "validation", [*points.items()])] if points else []
+    curves = [_series(f"{prefix}, validation" if prefix else "validation", [*points.items()])] if points else []
     ends = ((0, finite(result.before[name])), (result.steps, finite(result.after[name])))
     rings = [(float(step), value) for step, value in ends if value is not None]
     return [*curves, Series(f"{prefix}, test" if prefix else "test", [], [], rings)] if rings else curves

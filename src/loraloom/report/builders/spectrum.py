@@ -101,20 +101,41 @@ def trade_off_section(sweep: "Sequence[SweepPoint]") -> Section:
     for point in sweep:
         values = [finite(point.metrics.get(name)) for name in names]
         rows.append([point.scale, *values, *([finite(point.error)] if lossy else [])])
-    table = Table(["scale λ", *heads], rows)
+    rewinds = any(point.rewound for point in sweep)
+    if rewinds:
+        rows = [[_group(point) or "adapter", *row] for point, row in zip(sweep, rows, strict=True)]
+    table = Table([*(["what is scaled"] if rewinds else []), "scale λ", *heads], rows)
     note = "Intruder dimensions scaled by λ: 1 leaves the adapter as it is, 0 takes them out."
+    if rewinds:
+        note += " Rewinding scales all of ΔW, so that 0 is the base: what intruders are worth shows between the curves."
     if task is None or kept is None:
         drawn = "lost to the rank" if task is None else _heading(task)
-        y = [finite(point.error if task is None else point.metrics.get(task)) for point in sweep]
-        curve = Series(drawn, [point.scale for point in sweep], y)
-        return Section("Mitigation", note, Lines("scale λ", drawn, [curve]), table)
+        curves = []
+        for name, own in _curves(sweep).items():
+            y = [finite(point.error if task is None else point.metrics.get(task)) for point in own]
+            curves.append(Series(name or drawn, [point.scale for point in own], y))
+        return Section("Mitigation", note, Lines("scale λ", drawn, curves), table)
     points = [
-        Point(f"λ = {point.scale:g}", point.metrics[kept], point.metrics[task])
-        for point in sweep
+        Point(f"λ = {point.scale:g}" if i == 0 or _group(point) else "", point.metrics[kept], point.metrics[task], name)
+        for i, (name, own) in enumerate(_curves(sweep).items())
+        for point in own
         if finite(point.metrics.get(task)) is not None and finite(point.metrics.get(kept)) is not None
     ]
     figure = Scatter(_heading(kept), _heading(task), points, connected=True)
     return Section("Mitigation trade-off", note, figure, table)
+
+
+def _group(point: "SweepPoint") -> str:
+    return "" if point.scale == 1 else "all of ΔW (rewinding)" if point.rewound else "intruders"
+
+
+def _curves(sweep: "Sequence[SweepPoint]") -> "dict[str, list[SweepPoint]]":
+    """By name, in the order of the scales; the adapter itself is on both. One without a name where nothing rewinds."""
+    if not any(point.rewound for point in sweep):
+        return {"": list(sweep)}
+    names = list(dict.fromkeys(name for point in sweep if (name := _group(point))))
+    curves = {name: [point for point in sweep if _group(point) in ("", name)] for name in names}
+    return {name: sorted(own, key=lambda point: -point.scale) for name, own in curves.items()}
 
 
 def _heading(metric: str) -> str:

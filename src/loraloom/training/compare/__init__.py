@@ -7,7 +7,7 @@ from rich.console import Console
 from loraloom.errors import RunFailedError
 from loraloom.io.files import write_text_atomically
 from loraloom.training.compare.config import LEARNING_RATE, Plan, load_plan
-from loraloom.training.compare.execution import Executor, Launch, Outcome, locked
+from loraloom.training.compare.execution import Executor, Launch, Outcome
 from loraloom.training.compare.results import Comparison, summarise
 from loraloom.training.compare.runs import launch, make_run
 
@@ -18,7 +18,8 @@ RESULT = "comparison.json"
 def compare(plan: Plan, *, jobs: int = 1, console: Console | None = None, start: Launch = launch) -> Comparison:
     """Train what `plan` asks for and is not finished, each run in a process of its own, and compare.
 
-    Writes comparison.json into the plan's folder. A run that fails is reported and the others go on.
+    Writes comparison.json into the plan's folder. A run that fails is reported and the others go on. Started more than
+    once, also on several machines that share the folder, comparisons divide the runs among themselves.
 
     Args:
         plan: from `load_plan`.
@@ -27,17 +28,18 @@ def compare(plan: Plan, *, jobs: int = 1, console: Console | None = None, start:
         start: starts a run; for tests.
 
     Raises:
-        InputError: another comparison works in the folder, or optuna is missing.
+        InputError: optuna is missing.
         RunFailedError: not one run finished.
         RunInterruptedError: Ctrl-C or SIGTERM; the runs are stopped, those that are finished stay so.
     """
     console = console or Console(quiet=True)
-    with locked(plan.folder):
-        outcomes = _search(plan, jobs, console, start) if plan.search else _grid(plan, jobs, console, start)
-        comparison = summarise(plan, outcomes, jobs)
-        write_text_atomically(plan.folder / RESULT, json.dumps(comparison.to_dict(), indent=2) + "\n")
+    outcomes = _search(plan, jobs, console, start) if plan.search else _grid(plan, jobs, console, start)
+    comparison = summarise(plan, outcomes, jobs)
+    write_text_atomically(plan.folder / RESULT, json.dumps(comparison.to_dict(), indent=2) + "\n")
     if all(outcome.result is None for outcome in outcomes):
-        raise RunFailedError(f"none of {len(outcomes)} runs finished; the first one: {outcomes[0].error}")
+        raise RunFailedError(
+            f"none of {len(outcomes)} runs finished; the first one: {outcomes[0].error}", code="no-finished-run"
+        )
     return comparison
 
 

@@ -105,11 +105,15 @@ def load_plan(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Plan:
     compare: CompareSection = build_section(CompareSection, "compare", sections.pop("compare"))
     if not compare.methods:
         raise InputError(
-            f"{path}: compare.methods is missing; expected names such as [lora, moslora], or {{label: ...}}"
+            f"{path}: compare.methods is missing; expected names such as [lora, moslora], or {{label: ...}}",
+            code="no-methods",
         )
     for key in sections["output"]:
         if key != "dir":
-            raise InputError(f"output.{key} has no meaning for a comparison, which keeps its finished runs: remove it")
+            raise InputError(
+                f"output.{key} has no meaning for a comparison, which keeps its finished runs: remove it",
+                code="no-meaning",
+            )
     folder = Path(sections.pop("output").get("dir", FOLDER))
     training = sections["training"]
     if not training.get("load_best_model_at_end"):  # it needs checkpoints; else a killed run is redone without them
@@ -123,12 +127,16 @@ def load_plan(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Plan:
     baseline = entries[0].label if compare.baseline is None else compare.baseline
     if baseline not in methods:
         raise InputError(
-            f"compare.baseline: {baseline!r} is none of {', '.join(methods)}{did_you_mean(baseline, methods)}"
+            f"compare.baseline: {baseline!r} is none of {', '.join(methods)}{did_you_mean(baseline, methods)}",
+            code="unknown-choice",
         )
     metric = compare.metric or main_metric(base.model.task, base.training.get("metrics"))
     known = metric_names(base.model.task, base.training.get("metrics"))
     if metric not in known:
-        raise InputError(f"compare.metric: {metric!r} is none of {', '.join(known)}{did_you_mean(metric, known)}")
+        raise InputError(
+            f"compare.metric: {metric!r} is none of {', '.join(known)}{did_you_mean(metric, known)}",
+            code="unknown-metric",
+        )
     plan = Plan(entries, baseline, compare.seeds, metric, base.model.task, folder, search)
     _check_configurations(plan)
     return plan
@@ -157,22 +165,33 @@ def _entry(
     place = f"compare.methods.{label}"
     for key, value in own.items():
         if key in ("data", "output", "compare"):
-            raise InputError(f"{place}: {key} is the same for all methods: give it in the file's own section {key!r}")
+            raise InputError(
+                f"{place}: {key} is the same for all methods: give it in the file's own section {key!r}",
+                code="set-elsewhere",
+            )
         if key not in (*SECTIONS_OF_METHODS, "learning_rates"):
             raise unknown_key(place, key, (*SECTIONS_OF_METHODS, "learning_rates"))
         if key != "learning_rates" and not isinstance(value, dict):
-            raise InputError(f"{place}: section {key!r} holds {value!r}; expected keys and values")
+            raise InputError(f"{place}: section {key!r} holds {value!r}; expected keys and values", code="option-value")
     if "task" in own.get("model", {}):
-        raise InputError(f"{place}: model.task is the same for all methods: give it in the file's own section 'model'")
+        raise InputError(
+            f"{place}: model.task is the same for all methods: give it in the file's own section 'model'",
+            code="set-elsewhere",
+        )
     for key, owner in {"seed": "compare.seeds", "learning_rate": f"{place}.learning_rates"}.items():
         if key in own.get("training", {}):
-            raise InputError(f"{place}: training.{key} is set by the comparison: use {owner}")
+            raise InputError(f"{place}: training.{key} is set by the comparison: use {owner}", code="set-elsewhere")
     if "learning_rates" in own and compare.search is not None:
-        raise InputError(f"{place}: learning_rates and compare.search exclude each other: remove one of them")
+        raise InputError(
+            f"{place}: learning_rates and compare.search exclude each other: remove one of them", code="exclusive"
+        )
     method = dict(own.get("method", {}))
     names = get_args(Method)
     if isinstance(compare.methods, list) and label not in names:
-        raise InputError(f"compare.methods: {label!r} is none of {', '.join(names)}{did_you_mean(label, names)}")
+        raise InputError(
+            f"compare.methods: {label!r} is none of {', '.join(names)}{did_you_mean(label, names)}",
+            code="unknown-choice",
+        )
     if "name" not in method and label in names:
         method["name"] = label
     if method.get("name") not in (
@@ -189,20 +208,25 @@ def _entry(
 def _check_list(key: str, values: Any) -> None:
     """Seeds and rates: numbers, at least one, none twice."""
     if not isinstance(values, list) or not values or any(type(value) not in (int, float) for value in values):
-        raise InputError(f"{key}: {values!r} is not a list of one or more numbers")
+        raise InputError(f"{key}: {values!r} is not a list of one or more numbers", code="option-value")
     if len(set(values)) != len(values):
-        raise InputError(f"{key}: {values} has a value twice")
+        raise InputError(f"{key}: {values} has a value twice", code="duplicate")
 
 
 def _search(compare: CompareSection) -> Search:
     if compare.learning_rates is not None:
-        raise InputError("compare.learning_rates and compare.search exclude each other: remove one of them")
+        raise InputError(
+            "compare.learning_rates and compare.search exclude each other: remove one of them", code="exclusive"
+        )
     space = dict(compare.search or {})
     trials = space.pop("trials", 20)
     if type(trials) is not int or trials < 1:
-        raise InputError(f"compare.search.trials: {trials!r} is not a number of trials, 1 or more")
+        raise InputError(f"compare.search.trials: {trials!r} is not a number of trials, 1 or more", code="out-of-range")
     if not space:
-        raise InputError("compare.search has no key to vary; expected such as learning_rate: {low: 1e-5, high: 1e-2}")
+        raise InputError(
+            "compare.search has no key to vary; expected such as learning_rate: {low: 1e-5, high: 1e-2}",
+            code="search-space",
+        )
     for name in list(space):
         key = LEARNING_RATE if name == "learning_rate" else name
         space[key] = _values(key, space.pop(name))
@@ -213,19 +237,25 @@ def _values(key: str, value: Any) -> Range | list[Any]:
     place = f"compare.search.{key}"
     section, _, rest = key.partition(".")
     if section not in SECTIONS_OF_METHODS or not rest or key in ("training.seed", "model.task", "method.name"):
-        raise InputError(f"{place}: expected section.key with a section of {', '.join(SECTIONS_OF_METHODS)}")
+        raise InputError(
+            f"{place}: expected section.key with a section of {', '.join(SECTIONS_OF_METHODS)}", code="unknown-key"
+        )
     if isinstance(value, list) and value:
         for choice in value:
             if not isinstance(choice, str | bool | int | float | None):
-                raise InputError(f"{place}: choice {choice!r} is not a word, a number, true, false or null")
+                raise InputError(
+                    f"{place}: choice {choice!r} is not a word, a number, true, false or null", code="search-space"
+                )
         return value
     if not isinstance(value, dict) or not {"low", "high"} <= value.keys():
-        raise InputError(f"{place}: {value!r} is neither {{low: ..., high: ...}} nor a list of choices")
+        raise InputError(
+            f"{place}: {value!r} is neither {{low: ..., high: ...}} nor a list of choices", code="search-space"
+        )
     numbers: Range = build_section(Range, place, value)
     if numbers.low >= numbers.high or (numbers.log and numbers.low <= 0):
-        raise InputError(f"{place}: {value} needs low < high, and low > 0 with log")
+        raise InputError(f"{place}: {value} needs low < high, and low > 0 with log", code="search-space")
     if numbers.log and numbers.step is not None:
-        raise InputError(f"{place}: log and step exclude each other: remove one of them")
+        raise InputError(f"{place}: log and step exclude each other: remove one of them", code="exclusive")
     return numbers
 
 
@@ -237,11 +267,13 @@ def _check_configurations(plan: Plan) -> None:
         try:
             config = configure(entry, point, seed=0)
         except InputError as error:
-            raise InputError(f"compare.methods.{entry.label}: {error}") from None
+            raise InputError(f"compare.methods.{entry.label}: {error}", code="method") from None
         for label, other in seen:
             if config == other:
                 raise InputError(
-                    f"compare.methods: {label!r} and {entry.label!r} are the same run: change a key of one or remove it"
+                    f"compare.methods: {label!r} and {entry.label!r} are the same run: "
+                    "change a key of one or remove it",
+                    code="duplicate",
                 )
         seen.append((entry.label, config))
 

@@ -1,9 +1,8 @@
-"""Many runs, some at a time: skips what is finished, outlives failures, stops its processes when it is stopped."""
+"""Many runs, some at a time: skips what is finished, waits for what others train, outlives failures, stops cleanly."""
 
 import dataclasses
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import filelock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from loraloom.errors import InputError, RunInterruptedError
+from loraloom.errors import RunInterruptedError
 from loraloom.training.compare import runs
 from loraloom.training.compare.runs import Run, failure, finished
+from loraloom.training.compare.sharing import claim, free_gpus, in_use, least_busy
 
 POLL_SECONDS = 0.1
+ELSEWHERE_SECONDS = 2  # between two looks at the runs that other comparisons train
 GRACE_SECONDS = 10  # between asking a process to stop and killing it
 WRONG_INPUT = 2  # exit code of `loraloom train`
 
@@ -46,23 +48,46 @@ class Outcome:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Active:
+    """A run that trains."""
+
+    run: Run
+    process: Process
+    started: float
+    device: str | None
+    claim: filelock.BaseFileLock
+
+
 class Executor:
-    """Trains runs in processes of their own, `jobs` at a time.
+    """Trains runs in processes of their own, `jobs` at a time, each on the GPU that has fewest of them.
+
+    A run that another comparison trains, here or on another machine, is waited for.
 
     Args:
         jobs: processes at a time.
         total: runs that the progress bar counts to.
         console: gets a line for each run, and on a terminal a bar.
         launch: starts a run; tests give their own.
+        devices: what to give a run one of, as `CUDA_VISIBLE_DEVICES`. Default: the GPUs that are free.
     """
 
-    def __init__(self, jobs: int, total: int, console: Console, launch: Launch = runs.launch):
+    def __init__(
+        self,
+        jobs: int,
+        total: int,
+        console: Console,
+        launch: Launch = runs.launch,
+        devices: Sequence[str] | None = None,
+    ):
         self.jobs = jobs
         self.launch = launch
         self.console = console
         self.outcomes: dict[Path, Outcome] = {}
         self.wrong_input: dict[str, str] = {}
-        self.active: dict[Path, tuple[Run, Process, float]] = {}
+        self.active: dict[Path, Active] = {}
+        self.devices = free_gpus() if devices is None else devices
+        self.next_look = 0.0
         self.skipped = 0
         self.total = total
         running = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
@@ -79,50 +104,79 @@ class Executor:
         Raises:
             RunInterruptedError: Ctrl-C, or SIGTERM; the processes are stopped.
         """
-        waiting = []
-        for run in {run.folder: run for run in wanted}.values():
-            if run.folder in self.outcomes:
-                continue
-            if (result := finished(run)) is not None:
-                self.skipped += 1
-                self._record(Outcome(run, result))
-            else:
-                waiting.append(run)
+        waiting = [run for folder, run in {run.folder: run for run in wanted}.items() if folder not in self.outcomes]
+        waiting = [run for run in waiting if not self._is_finished(run)]
         try:
             with _sigterm_as_interrupt(), self.progress:
                 while waiting or self.active:
-                    while waiting and len(self.active) < self.jobs:
-                        self._start(waiting.pop(0))
-                    self._collect()
-                    if self.active:
+                    self._fill(waiting)
+                    waiting += self._collect()
+                    if waiting or self.active:
                         time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             done = sum(outcome.result is not None for outcome in self.outcomes.values())
-            raise RunInterruptedError(f"stopped with {done} of {self.total} runs finished") from None
+            raise RunInterruptedError(
+                f"stopped with {done} of {self.total} runs finished", code="interrupted"
+            ) from None
         finally:
             self._stop()
         outcomes = [self.outcomes[run.folder] for run in wanted]
         return [dataclasses.replace(outcome, run=run) for outcome, run in zip(outcomes, wanted, strict=True)]
 
-    def _start(self, run: Run) -> None:
-        if run.wrong_with in self.wrong_input:
-            self._record(Outcome(run, None, f"not started: {self.wrong_input[run.wrong_with]}"))
+    def _is_finished(self, run: Run) -> bool:
+        """Whether the run needs no training; then it is recorded."""
+        if (result := finished(run)) is None:
+            return False
+        self.skipped += 1
+        self._record(Outcome(run, result))
+        return True
+
+    def _fill(self, waiting: list[Run]) -> None:
+        """Start as many of the waiting runs as there is room for; those that are trained elsewhere stay."""
+        if len(self.active) == self.jobs or time.monotonic() < self.next_look:
             return
-        self.active[run.folder] = (run, self.launch(run, self.environment), time.monotonic())
+        for run in [*waiting]:
+            if len(self.active) == self.jobs:
+                return
+            if run.wrong_with in self.wrong_input:
+                self._record(Outcome(run, None, f"not started: {self.wrong_input[run.wrong_with]}"))
+            elif (lock := claim(run.folder)) is None:
+                continue
+            elif self._is_finished(run):  # elsewhere, meanwhile
+                lock.release()
+            else:
+                self._start(run, lock)
+            waiting.remove(run)
+        if waiting:
+            self.next_look = time.monotonic() + ELSEWHERE_SECONDS
+
+    def _start(self, run: Run, lock: filelock.BaseFileLock) -> None:
+        device = least_busy(self.devices, [active.device for active in self.active.values()])
+        environment = self.environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        self.active[run.folder] = Active(run, self.launch(run, environment), time.monotonic(), device, lock)
         self._describe()
 
-    def _collect(self) -> None:
-        for folder, (run, process, started) in list(self.active.items()):
-            code = process.poll()
+    def _collect(self) -> list[Run]:
+        """Record the runs that have ended; returns those that could not start, as another had just begun them."""
+        again = []
+        for folder, active in list(self.active.items()):
+            code = active.process.poll()
             if code is None:
                 continue
             del self.active[folder]
+            run = active.run
             result = finished(run) if code == 0 else None
+            taken = code == WRONG_INPUT and in_use(folder)
+            active.claim.release()
+            if taken:
+                again.append(run)
+                continue
             error = None if result is not None else failure(run, code)
             if error is not None and code == WRONG_INPUT:
                 self.wrong_input[run.wrong_with] = error
-            self._record(Outcome(run, result, error), time.monotonic() - started)
+            self._record(Outcome(run, result, error), time.monotonic() - active.started)
             self._describe()
+        return again
 
     def _record(self, outcome: Outcome, seconds: float | None = None) -> None:
         self.outcomes[outcome.run.folder] = outcome
@@ -139,12 +193,13 @@ class Executor:
         )
 
     def _describe(self) -> None:
-        titles = "; ".join(run.title for run, _, _ in self.active.values())
+        titles = "; ".join(active.run.title for active in self.active.values())
         self.progress.update(self.bar, description=titles)
 
     def _stop(self) -> None:
         """End the processes that still run: asked first, then killed."""
-        processes = [process for _, process, _ in self.active.values()]
+        stopped = [*self.active.values()]
+        processes = [active.process for active in stopped]
         self.active.clear()
         for process in processes:
             process.terminate()
@@ -157,6 +212,8 @@ class Executor:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+            for active in stopped:
+                active.claim.release()
 
 
 @contextmanager
@@ -174,27 +231,3 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a comparison's folder, so that two of them do not train the same run at a time.
-
-    The processes inherit the lock: after a comparison was killed, its last runs keep the folder until they end.
-
-    Raises:
-        InputError: another comparison, or a run that it left behind, works in the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"output.dir {str(folder)!r}: another comparison, or a run of one, works there") from None
-        os.set_inheritable(file.fileno(), True)
-        yield

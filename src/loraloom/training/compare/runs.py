@@ -20,9 +20,10 @@ from loraloom.errors import InputError
 from loraloom.io.files import write_text_atomically
 from loraloom.training.compare.config import LEARNING_RATE, Entry, Plan, Point, configure
 from loraloom.training.config import OutputSection, RunConfig
+from loraloom.training.folder import RESOLVED, RESULT
 from loraloom.training.load import dump_config, load_config
 
-RUN_FILE, LOG, RESOLVED, RESULT = "run.yaml", "log.txt", "resolved.yaml", "metrics.json"
+RUN_FILE, LOG = "run.yaml", "log.txt"
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,9 @@ def launch(run: Run, environment: Mapping[str, str]) -> subprocess.Popen:
     write_text_atomically(run.folder / RUN_FILE, dump_config(run.config))
     command = [sys.executable, "-m", "loraloom.cli.main", "train", str(run.folder / RUN_FILE)]
     with (run.folder / LOG).open("wb") as log:
+        environment = {**os.environ, **environment}
         return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            close_fds=False,  # the comparison's lock is inherited, and nothing else is inheritable
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
 
 
@@ -125,7 +122,7 @@ def failure(run: Run, code: int) -> str:
 
 def _files(config: RunConfig) -> list[str]:
     """The data section's local files: their content is part of what a run is."""
-    values = dataclasses.asdict(config.data).values()
+    values = [*dataclasses.asdict(config.data).values(), *config.data.mix]
     return [value for value in values if isinstance(value, str) and Path(value).is_file()]
 
 
@@ -134,4 +131,4 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror})", code="unreadable") from None

@@ -17,7 +17,9 @@ from loraloom.training.compare.runs import make_run
 try:
     import optuna
 except ImportError:
-    raise InputError("compare.search needs optuna: pip install 'loraloom[search]', or use learning_rates") from None
+    raise InputError(
+        "compare.search needs optuna: pip install 'loraloom[search]', or use learning_rates", code="missing-package"
+    ) from None
 
 
 def search(plan: Plan, space: Search, executor: Executor) -> list[Outcome]:

@@ -28,6 +28,8 @@ class RunData:
     validation: Dataset | None = None
     ignored: tuple[str, ...] = ()
     """Columns of the source that the task does not read."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """With `data.mix`: training rows from each set, by its path."""
 
     @property
     def parts(self) -> dict[str, Dataset]:

@@ -14,23 +14,22 @@ def generate(model: Any, tokenizer: Any, row: Any, options: AnswerOptions) -> It
 
     Args:
         model: a causal or encoder-decoder language model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or its processor of texts and images.
         row: a text, or a list of messages; a chat template, if there is one and the row is a list, is applied.
         options: how long and how random.
     """
     model.eval()
+    words = getattr(tokenizer, "tokenizer", tokenizer)
     if isinstance(row, str):
-        inputs = tokenizer(row, return_tensors="pt", truncation=True, max_length=options.max_length)
+        inputs = words(row, return_tensors="pt", truncation=True, max_length=options.max_length)
     else:
         inputs = tokenizer.apply_chat_template(
             row, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
         )
-    inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = {name: value.to(model.device) for name, value in inputs.items() if name != "token_type_ids"}
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    streamer = TextIteratorStreamer(
-        tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True
-    )
+    skips = not getattr(model.config, "is_encoder_decoder", False)
+    streamer = TextIteratorStreamer(words, skip_prompt=skips, skip_special_tokens=True)
     failed: list[BaseException] = []
 
     def work() -> None:
@@ -40,7 +39,7 @@ def generate(model: Any, tokenizer: Any, row: Any, options: AnswerOptions) -> It
                 **sampling,
                 streamer=streamer,
                 max_new_tokens=options.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=words.pad_token_id,
             )
         except BaseException as error:  # raised in the reading thread, which would wait for ever otherwise
             failed.append(error)

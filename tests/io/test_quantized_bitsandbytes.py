@@ -8,13 +8,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from loraloom import LoomConfig
 from loraloom.errors import InputError
-from loraloom.io import bitsandbytes as quantised_module
-from loraloom.io.bitsandbytes import DequantisedCheckpoint
 from loraloom.io.checkpoint import open_checkpoint
+from loraloom.io.quantized import bitsandbytes as quantised_module
+from loraloom.io.quantized.checkpoint import QuantizedCheckpoint
 from loraloom.merge import edits
 from loraloom.merge.merge import merge_checkpoint
 from tests.adapter.support import logits, trained
 from tests.models import llama
+from tests.refusals import coded
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 FORMATS = {
@@ -40,7 +41,7 @@ def test_weights_are_near_those_that_were_quantised(quantised, tmp_path, monkeyp
     monkeypatch.setattr(quantised_module, "_CHUNK", 130)
     folder, kind = quantised
     original = open_checkpoint(tmp_path / "original")
-    base = DequantisedCheckpoint(folder, list(open_checkpoint(folder).files))
+    base = QuantizedCheckpoint(folder, list(open_checkpoint(folder).files), {})
     assert set(base) == set(original)
     for key in base:
         W, exact = base.rows(key, 0, base.shape(key)[0]), original.tensor(key)
@@ -58,7 +59,7 @@ def test_merging_into_a_dequantised_base(quantised, tmp_path, monkeypatch):
     folder, _ = quantised
     config = LoomConfig.dora(r=2, target_modules=["q_proj", "down_proj"])
     trained(llama().to(torch.bfloat16), config, tmp_path / "adapter")
-    with pytest.raises(InputError, match="--base-precision dequantised"):
+    with pytest.raises(InputError, check=coded("quantized", "--base-precision")):
         merge_checkpoint([tmp_path / "adapter"], folder, tmp_path / "out")
     options = {"base_precision": "dequantised"}
     result = merge_checkpoint([tmp_path / "adapter"], folder, tmp_path / "out", **options)
@@ -73,7 +74,7 @@ def test_merging_into_a_dequantised_base(quantised, tmp_path, monkeypatch):
     assert result.shards == len(open_checkpoint(folder).files)
 
     # The same from a checkpoint of the dequantised weights.
-    base = DequantisedCheckpoint(folder, list(open_checkpoint(folder).files))
+    base = QuantizedCheckpoint(folder, list(open_checkpoint(folder).files), {})
     plain = llama()
     plain.load_state_dict({key: base.rows(key, 0, base.shape(key)[0]).float() for key in base})
     plain.save_pretrained(tmp_path / "plain")

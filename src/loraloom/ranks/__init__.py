@@ -1,0 +1,1 @@
+"""Ranks chosen before training, from gradients of the base model."""
