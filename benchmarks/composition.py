@@ -44,7 +44,7 @@ def models(base: list[nn.Linear]) -> dict[str, nn.Module]:
         made[f"PEFT, {n} frozen"] = build(base, LoraConfig(**CONFIG), n).requires_grad_(False)
         with tempfile.TemporaryDirectory() as folder:
             members = save(base, n, Path(folder))
-            made[f"composition of {n}"] = compose(Linears(base), members).get_base_model().train()
+            made[f"composition of {n}"] = compose(Linears(base), members, constraint="softmax").get_base_model().train()
             made[f"check {n}"] = compose(Linears(base), members, dict.fromkeys(members, 1.0)).get_base_model()
     made["PEFT, 32 active, copy"] = build(base, LoraConfig(**CONFIG), 32)
     return made

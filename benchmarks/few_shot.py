@@ -74,7 +74,7 @@ def composed(**options) -> Encoder:
     def build(adapters: dict[str, str]) -> nn.Module:
         from loraloom import compose
 
-        return compose(pretrained(), adapters, **options)
+        return compose(pretrained(), adapters, **{"constraint": "softmax", "total": 1} | options)
 
     return build
 

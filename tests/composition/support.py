@@ -40,6 +40,7 @@ MEMBERS = {
         "target_modules": ["layers.1", "plain", "conv"],
     },
 }
+PAPER = {"constraint": "softmax", "total": 1}  # WLoRA's own, whose formula is the simplest reference
 WEIGHTS = {"squad": 0.7, "fever": -0.4, "nli": 1.5}
 
 

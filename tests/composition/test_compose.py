@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from loraloom import LoomConfig, compose
 from loraloom.composition import learned_weights
 from loraloom.update.composition import CONSTRAINTS
-from tests.composition.support import LINEARS, LOGITS, MEMBERS, WEIGHTS, base, ids, lora, set_logits, summed
+from tests.composition.support import LINEARS, LOGITS, MEMBERS, PAPER, WEIGHTS, base, ids, lora, set_logits, summed
 from tests.tuner.support import assert_near, randomise
 
 MODULES = {"embed", "conv", *LINEARS}
@@ -41,11 +41,37 @@ def test_uniform_weights_are_equal_among_the_members_of_each_layer(members):
 
 
 def test_normalizing_over_all_members_counts_those_that_a_layer_lacks(members):
-    model = compose(base(), members, normalize="all").eval()
+    model = compose(base(), members, normalize="all", total=1).eval()
     learned = learned_weights(model)
     assert all(w == pytest.approx(1 / 3) for weights in learned.layers.values() for w in weights.values())
     with torch.no_grad():
         assert_near(model(ids()), summed(dict.fromkeys(MEMBERS, 1 / 3))(ids()), factor=3)
+
+
+@pytest.mark.parametrize(("count", "total"), [(1, 1), (2, 2), (3, 3), (5, 3)])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_learned_weights_start_from_three_and_no_member_above_its_full_strength(tmp_path, count, total, constraint):
+    squad = lora("squad")
+    squad.save_pretrained(tmp_path / "squad")
+    many = {f"copy {i}": tmp_path / "squad" for i in range(count)}
+    learned = learned_weights(compose(base(), many, constraint=constraint))
+    for weights in learned.layers.values():
+        assert sum(weights.values()) == pytest.approx(total)
+        assert max(weights.values()) <= 1 + 1e-6
+    uniform = learned_weights(compose(base(), many, "uniform"))
+    assert all(sum(weights.values()) == pytest.approx(1) for weights in uniform.layers.values())
+
+
+def test_a_layer_with_few_members_bounds_the_start_of_all(members):
+    """Some layers have a single member of the three: at a total of 3 it would be trebled."""
+    learned = learned_weights(compose(base(), members))
+    assert all(sum(weights.values()) == pytest.approx(1) for weights in learned.layers.values())
+    everywhere = learned_weights(compose(base(), members, normalize="all"))
+    assert all(w == pytest.approx(1) for weights in everywhere.layers.values() for w in weights.values())
+
+
+def test_the_start_is_a_scaled_softmax(members):
+    assert compose(base(), members).peft_config["composition"].composition.constraint == "scaled_softmax"
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
@@ -73,7 +99,7 @@ def test_learned_weights_say_what_the_model_computes(members, scope, constraint)
 
 def test_gradients_are_those_of_the_dense_formula(members):
     """Through every kind of layer and the members' biases; a detached denominator would give others."""
-    model = compose(base(), members).train()
+    model = compose(base(), members, **PAPER).train()
     set_logits(model)
     model(ids()).square().sum().backward()
     parameters = {n.partition("model.model.")[2]: p for n, p in model.named_parameters() if p.requires_grad}
@@ -103,9 +129,9 @@ def test_gradients_are_those_of_the_dense_formula(members):
 
 def test_one_v_for_the_whole_model_trains_as_one(members):
     """Each layer's copy follows the path of a single v under Adam, bit by bit the same as the others."""
-    model = compose(base(), members, scope="model").train()
+    model = compose(base(), members, scope="model", **PAPER).train()
     copies = [p for p in model.parameters() if p.requires_grad]
-    reference = compose(base(), members).train()
+    reference = compose(base(), members, **PAPER).train()
     slots = [p for n, p in reference.named_parameters() if LOGITS in n]
     single = torch.zeros(3, requires_grad=True)
     optimizers = torch.optim.Adam(copies, lr=0.1), torch.optim.Adam([single], lr=0.1)
@@ -282,7 +308,7 @@ def test_members_are_in_memory_once(tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(width, width))
     model = compose(net, paths).train()
     adapter = sum(p.numel() for n, p in model.named_parameters() if ".loom_" in n)
-    assert adapter == 2 * count * rank * width + count
+    assert adapter == 2 * count * rank * width + count + 1  # logits and the total
     x = torch.randn(4, width, requires_grad=True)
     with Largest() as largest:
         model(x).sum().backward()

@@ -7,7 +7,7 @@ from loraloom import compose
 from loraloom.composition import format_weights, learned_weights, penalty
 from loraloom.errors import InputError
 from loraloom.optim import build_optimizer
-from tests.composition.support import LOGITS, MEMBERS, WEIGHTS, base, ids
+from tests.composition.support import LOGITS, MEMBERS, PAPER, WEIGHTS, base, ids
 from tests.refusals import coded
 
 
@@ -36,7 +36,7 @@ def test_penalties_are_means_over_layers(members):
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize(("entropy", "low"), [(1.0, True), (-1.0, False)])
 def test_entropy_draws_weights_towards_one_member_or_all(members, entropy, low, scope):
-    model = compose(base(), members, scope=scope)
+    model = compose(base(), members, scope=scope, **PAPER)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if LOGITS in name:

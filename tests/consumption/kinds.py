@@ -254,7 +254,8 @@ KINDS = [
     Kind("loom_pruned", selected()),
     Kind("loom_pruned_all", selected(use_mixer="orthogonal", use_rslora=True)),
     Kind("loom_expanded", selected(ours.HalveAndDouble(times=1, every=1))),
-    Kind("loom_composition_softmax", composition(), expects={"intruders": Refused("composition")}),
+    Kind("loom_composition_scaled", composition(), expects={"intruders": Refused("composition")}),
+    Kind("loom_composition_softmax", composition(constraint="softmax"), expects={"intruders": Refused("composition")}),
     Kind("loom_composition_simplex", composition(constraint="simplex"), expects={"intruders": Refused("composition")}),
     Kind("loom_composition_free", composition(constraint="free"), expects={"intruders": Refused("composition")}),
     Kind(

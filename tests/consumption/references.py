@@ -235,7 +235,7 @@ def _weight(name: str, layer: Any, parts: dict[str, Tensor], config: dict[str, A
     if config["composition"]:
         bias = None
         ranks = config["composition"]["ranks"][name]
-        w = _member_weights(parts["logits_lora_magnitude_vector"], ranks, config["composition"]["constraint"])
+        w = _member_weights(parts["logits_lora_magnitude_vector"], ranks, config["composition"])
         W_after = W + (B * w.repeat_interleave(torch.tensor(ranks))) @ A
         if "member_bias" in parts:
             bias = w @ parts["member_bias"] + (0 if layer.bias is None else layer.bias.detach())
@@ -250,11 +250,13 @@ def _weight(name: str, layer: Any, parts: dict[str, Tensor], config: dict[str, A
     return Weight(W, W_after, None)
 
 
-def _member_weights(v: Tensor, ranks: list[int], constraint: str) -> Tensor:
-    present = torch.tensor(ranks) > 0
-    if constraint == "softmax":
+def _member_weights(v: Tensor, ranks: list[int], composition: dict[str, Any]) -> Tensor:
+    present, constraint, total = torch.tensor(ranks) > 0, composition["constraint"], composition["total"]
+    if constraint == "scaled_softmax":
+        v, total = v[:-1], v[-1]
+    if constraint.endswith("softmax"):
         e = torch.where(present, v.exp(), 0.0)
-        return e / e.sum()
+        return total * e / e.sum()
     if constraint == "free":
         return v
     # The nearest point of the simplex lowers all entries by the same t and cuts at 0; t by bisection.
@@ -262,7 +264,7 @@ def _member_weights(v: Tensor, ranks: list[int], constraint: str) -> Tensor:
     for _ in range(100):
         t = (low + high) / 2
         low, high = (t, high) if (v[present] - t).clamp_min(0).sum() > 1 else (low, t)
-    return torch.where(present, (v - t).clamp_min(0), 0.0)
+    return torch.where(present, total * (v - t).clamp_min(0), 0.0)
 
 
 def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -50,6 +50,7 @@ def composing(config, **keys):
 
 
 def test_it_learns_the_weights_and_nothing_of_the_members(composition):
+    composition = composing(composition, constraint="softmax")
     result = fit.train(composition)
     assert result.after["loss"] < result.before["loss"]
     folder = Path(composition.output.dir)

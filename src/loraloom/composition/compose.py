@@ -17,6 +17,9 @@ from loraloom.tuner.layer import LoomLayer
 from loraloom.tuner.model import LoomModel
 from loraloom.update.composition import Composition
 
+# Total weight that learned weights start from: the better one of 1 and 3 with related members (docs/composition.md).
+STRENGTH = 3.0
+
 
 def compose(
     model: nn.Module,
@@ -24,8 +27,8 @@ def compose(
     weights: Literal["learned", "uniform"] | Mapping[str, float] = "learned",
     *,
     scope: Literal["layer", "module_type", "model"] = "layer",
-    constraint: Literal["softmax", "scaled_softmax", "simplex", "free"] = "softmax",
-    total: float = 1.0,
+    constraint: Literal["softmax", "scaled_softmax", "simplex", "free"] = "scaled_softmax",
+    total: float | None = None,
     normalize: Literal["present", "all"] = "present",
     adapter_name: str = "composition",
     task_type: str | None = None,
@@ -48,7 +51,8 @@ def compose(
         constraint: of learned weights. "softmax": positive, with the given total. "scaled_softmax": the same, and the
             total trains. "simplex": as "softmax" by projection, so that weights can become 0. "free": any.
         total: what the weights of a layer add up to, with "scaled_softmax" and "free" at the start. At 1, N equal
-            members have an N-th of their strength each.
+            members have an N-th of their strength each. None: 1 for "uniform", else `STRENGTH`, or as much less as
+            keeps every member at its full strength or below in every layer (1 for a single member).
         normalize: "present": in each layer the weights of the members that adapt it sum to 1. "all": they sum to 1 over
             all members, so a layer that lacks some gets less.
         adapter_name: name of the new adapter.
@@ -69,26 +73,29 @@ def compose(
             "members is empty; expected a name and a folder for each, {'squad': 'path/to/squad'}", code="members"
         )
     fixed = _fixed_weights(weights, members)
-    if not 0 < total < math.inf or (fixed and total != 1):
+    if total is not None and (not 0 < total < math.inf or (fixed and total != 1)):
         raise InputError(
             f"total={total!r}: expected a positive number, and 1 where the weights are given", code="composition-total"
         )
     sources = {name: open_source(model, name, where) for name, where in members.items()}
     shapes = layer_shapes(base, {module for source in sources.values() for module in modules_of(source)})
     ranks = {name: ranks_of(name, source, shapes) for name, source in sources.items()}
+    learned = weights == "learned"
+    by_module = {
+        module: [ranks[name].get(module, 0) for name in sources]
+        for module, _ in base.named_modules()
+        if module in shapes
+    }
     composition = Composition(
         members=[_describe(name, source) for name, source in sources.items()],
-        ranks={
-            module: [ranks[name].get(module, 0) for name in sources]
-            for module, _ in base.named_modules()
-            if module in shapes
-        },
+        ranks=by_module,
         biased=[m for m in shapes if any(_biased(source, m) for source in sources.values())],
         scope=scope,
-        constraint="free" if fixed else constraint,
+        # A total that does not train needs no parameter.
+        constraint="free" if fixed else "softmax" if not learned and constraint == "scaled_softmax" else constraint,
         normalize=normalize,
-        total=total,
-        trainable=weights == "learned",
+        total=_total(by_module, normalize) if total is None and learned else 1.0 if total is None else total,
+        trainable=learned,
     )
     largest = max(map(sum, composition.ranks.values()))
     config = LoomConfig(
@@ -107,6 +114,13 @@ def compose(
     for module in composition.ranks:
         _fill(cast(LoomLayer, base.get_submodule(module)), adapter_name, module, list(sources.values()), fixed)
     return model
+
+
+def _total(ranks: Mapping[str, list[int]], normalize: str) -> float:
+    """`STRENGTH`, or the number of members that the weights of a layer are shared by, where that is less."""
+    if normalize == "all":
+        return min(STRENGTH, len(next(iter(ranks.values()))))
+    return min(STRENGTH, min(sum(rank > 0 for rank in of_module) for of_module in ranks.values()))
 
 
 def _base_of(model: nn.Module, adapter_name: str) -> nn.Module:

@@ -190,12 +190,12 @@ class CompositionSection:
     the weights themselves, name to number, not trained."""
     scope: Literal["layer", "module_type", "model"] = "layer"
     """What shares learned weights: nothing (each adapted module has its own), modules of one name, or all."""
-    constraint: Literal["softmax", "scaled_softmax", "simplex", "free"] = "softmax"
+    constraint: Literal["softmax", "scaled_softmax", "simplex", "free"] = "scaled_softmax"
     """learned: positive weights (`softmax`), the same with a trained sum (`scaled_softmax`), non-negative ones
     (`simplex`), or any (`free`)."""
-    total: Number = 1.0
-    """The sum of a module's weights: always with `softmax` and `simplex`, at the start with the others. With N related
-    members try 3, or N."""
+    total: Number | None = None
+    """The sum of a module's weights: always with `softmax` and `simplex`, at the start with the others. Default: 1 for
+    `uniform`, else 3, or less where fewer members adapt a module."""
     normalize: Literal["present", "all"] = "present"
     """Which members' weights have sum 1 in a module: those that adapt it (`present`), or all of them."""
 
