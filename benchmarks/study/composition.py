@@ -79,6 +79,7 @@ def from_best(members: Members, best: str) -> nn.Module:
 
 
 N = len(DOMAINS) - 1
+PAPER: Row = {"constraint": "softmax", "total": 1}  # WLoRA's, 2402.15414
 # Arm -> (encoder from the members and the best of them, three pairs of the encoder's rate and the head's).
 ARMS: dict[str, tuple[Callable[[Members, str], nn.Module], Pairs]] = {
     "frozen encoder": (lambda *_: pretrained().requires_grad_(False), HEADS),
@@ -86,17 +87,23 @@ ARMS: dict[str, tuple[Callable[[Members, str], nn.Module], Pairs]] = {
     "uniform, total 1": (composed(weights="uniform"), HEADS),
     "uniform, total 3": (composed(weights="uniform", total=3), HEADS),
     f"uniform, total {N}": (composed(weights="uniform", total=N), HEADS),
-    "softmax per layer": (composed(scope="layer"), with_rates((3e-2, 1e-1, 1.0))),
-    "softmax per model": (composed(scope="model"), with_rates((3e-2, 1e-1, 1.0))),
-    "softmax per layer, total 3": (composed(scope="layer", total=3), with_rates((3e-2, 1e-1, 1.0))),
-    "scaled softmax per layer, from 1": (composed(constraint="scaled_softmax"), with_rates((3e-2, 1e-1, 3e-1))),
+    "softmax per layer": (composed(**PAPER), with_rates((3e-2, 1e-1, 1.0))),
+    "softmax per model": (composed(**PAPER, scope="model"), with_rates((3e-2, 1e-1, 1.0))),
+    "softmax per layer, total 3": (composed(constraint="softmax", total=3), with_rates((3e-2, 1e-1, 1.0))),
+    "scaled softmax per layer, from 1": (
+        composed(constraint="scaled_softmax", total=1),
+        with_rates((3e-2, 1e-1, 3e-1)),
+    ),
     "scaled softmax per layer, from 3": (
         composed(constraint="scaled_softmax", total=3),
         with_rates((3e-2, 1e-1, 3e-1)),
     ),
-    "free per layer, from 1": (composed(constraint="free"), with_rates((1e-2, 3e-2, 1e-1))),
+    "free per layer, from 1": (composed(constraint="free", total=1), with_rates((1e-2, 3e-2, 1e-1))),
     "free per layer, from 3": (composed(constraint="free", total=3), with_rates((1e-2, 3e-2, 1e-1))),
-    "free per model, l1 0.05 (LoraHub)": (composed(constraint="free", scope="model"), with_rates((1e-2, 3e-2, 1e-1))),
+    "free per model, l1 0.05 (LoraHub)": (
+        composed(constraint="free", total=1, scope="model"),
+        with_rates((1e-2, 3e-2, 1e-1)),
+    ),
     "new LoRA": (
         lambda *_: peft.get_peft_model(pretrained(), peft.LoraConfig(**LORA)),
         with_rates((5e-4, 2e-3, 5e-3)),
@@ -274,7 +281,7 @@ def table(path: Path, shots: int) -> list[str]:
     """The table of one number of examples a class, in Markdown, from the study's rows."""
     rows = [row for row in read_rows(path) if row["stage"] == "test" and row["shots"] == shots]
     further = (("trained, without the head", "trained"),)
-    return arm_table(rows, [*ARMS], ("new LoRA", "best member"), group="target", further=further)
+    return arm_table(rows, [*ARMS], ("new LoRA", "best member", "softmax per layer"), group="target", further=further)
 
 
 def search_table(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.study import composition, forgetting, weightlora
-from benchmarks.study.harness import effect, shown_difference, shown_mean
+from benchmarks.study.harness import effect, read_rows, shown_difference, shown_mean
 from benchmarks.tables.format import ROWS, lines, rows_of, spread
 
 COMPOSITION = ROWS / "study_composition.jsonl"
@@ -103,6 +103,18 @@ def against_a_lower_rate() -> list[str]:
     return lines(["", "task", "less the lower rate's", "retention", "less the lower rate's"], body)
 
 
+def language_model_step() -> list[str]:
+    """What a step on SmolLM2 costs here, and with it the whole study."""
+    content = rows_of("language_model_step.json")
+    setting = content["setting"]
+    body = [
+        [row["arm"], f"{row['step']:.1f}", f"{row['step'] * setting['steps'] * setting['runs'] / 3600:.1f}"]
+        for row in content["rows"]
+    ]
+    heads = ["CPU seconds of a step", f"hours, were all {setting['runs']} runs of {setting['steps']} steps like it"]
+    return lines(["arm", *heads], body)
+
+
 def between(counts: Sequence[int]) -> str:
     """``4``, or ``8 to 9``."""
     return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
@@ -119,12 +131,24 @@ def which_method() -> list[str]:
     state = {row["method"]: row["state bytes"] for row in final["times"]}
     loss = [{"arm": row["method"], **row} for row in final["runs"] if row["seed"] != SEARCH_SEED]
     galore, fira = (shown_difference(effect(loss, name, "AdamW", key="loss")) for name in ("GaLore subspace", "Fira"))
+    kept = [{**row, "arm": row["variant"]} for row in rows_of("weightlora.json")]
+    half, choice = (
+        shown_difference(effect(kept, "WeightLoRA, K = 50%", other, key="accuracy"))
+        for other in ("LoRA, all layers", "random, K = 50%")
+    )
+    few = [row for row in read_rows(COMPOSITION) if (row["stage"], row.get("shots")) == ("test", 5)]
+    learned = "scaled softmax per layer, from 3"
+    composed = {
+        name: shown_difference(effect(few, learned, name, group="target"))
+        for name in ("new LoRA", "best member", "uniform, total 3")
+    }
     body = [
         ["the best accuracy for a given size", "[LoRA](lora.md), a rate search first", "the baseline of every table"],
         [
             "fewer adapters: less optimizer state, a smaller file",
             "[WeightLoRA](weightlora.md)",
-            "[its table](weightlora.md#does-it-choose-well)",
+            f"half of the adapters: accuracy less LoRA's {half}, less a random half's {choice}; three seeds, and no "
+            "control of equal size ([table](weightlora.md#does-it-choose-well))",
         ],
         [
             "a little more capacity at the same rank",
@@ -139,7 +163,9 @@ def which_method() -> list[str]:
         [
             "a new task from adapters of related tasks, and a handful of examples",
             "[compose](composition.md)",
-            "[its tables](composition.md#few-examples-related-members)",
+            "5 examples a class, 11 related members, four targets: learned weights (the default) less a new LoRA "
+            f"{composed['new LoRA']}; less the best member alone {composed['best member']}; less uniform weights with "
+            f"the same total {composed['uniform, total 3']} ([tables](composition.md#few-examples-related-members))",
         ],
         [
             "to train all weights without AdamW's memory",
@@ -166,6 +192,7 @@ TABLES: dict[str, Callable[[], Sequence[str]]] = {
     "few-shot": few_shot,
     "first-weightlora": first_weightlora,
     "real-case": real_case,
+    "language-model-step": language_model_step,
     "against-a-lower-rate": against_a_lower_rate,
     **{f"composition-{shots}": partial(composition.table, COMPOSITION, shots) for shots in composition.SHOTS},
     "composition-search": partial(composition.search_table, COMPOSITION),
