@@ -125,8 +125,7 @@ def _altered(word: str, **more: Any) -> dict[str, Any]:
 
 _DORA = {"servers": APPROXIMATE, "compositions": Refused("DoRA"), "to_lora": Refused("DoRA|magnitude")}
 _HEAD = {"servers": Refused("head"), "compositions": Part("lm_head")}
-_ON_HEAD = {"export_portable": Refused("lm_head"), "export_sglang": Refused("lm_head")}
-_ON_TABLE = {"servers": Refused("embed"), "export_gguf-ready": EXACT}
+_ON_TABLE = {"servers": Refused("embed"), "export_gguf-ready": EXACT, "export_sglang": EXACT}
 _BIAS = {"servers": Refused("bias"), "compositions": Refused("bias")}
 _TOKENS = {"servers": Refused("token"), "compositions": Refused("token")}
 _ALL = {"use_mixer": "orthogonal", "use_gate": True, "use_dora": True, "use_rslora": True}
@@ -197,7 +196,7 @@ KINDS = [
         },
     ),
     Kind("embedding", lora(**_EMBEDDING), expects=_ON_TABLE),
-    Kind("head", lora(target_modules=[*ATTENTION, "lm_head"]), expects=_ON_HEAD),
+    Kind("head", lora(target_modules=[*ATTENTION, "lm_head"])),
     Kind("fan_in_fan_out", lora(target_modules=CONV1D, fan_in_fan_out=True), base="gpt2"),
     Kind(
         "target_parameters",
@@ -241,7 +240,7 @@ KINDS = [
     Kind("loom_modules_to_save", loom(modules_to_save=["lm_head"]), expects=_HEAD),
     Kind("loom_tokens", loom(trainable_token_indices=[1, 3]), expects=_TOKENS),
     Kind("loom_embedding", loom(**_EMBEDDING, use_mixer="orthogonal"), expects=_ON_TABLE),
-    Kind("loom_head", loom(target_modules=[*ATTENTION, "lm_head"], use_gate=True), expects=_ON_HEAD),
+    Kind("loom_head", loom(target_modules=[*ATTENTION, "lm_head"], use_gate=True)),
     Kind("loom_conv1d_all", loom(target_modules=CONV1D, **_ALL), base="gpt2", expects=_DORA),
     Kind(
         "loom_target_parameters",

@@ -1,5 +1,6 @@
 """Which programs serve an adapter, why not, and what to run. The facts are in serving.yaml, with date and sources."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -74,12 +75,29 @@ def features(adapter: Adapter) -> dict[str, str]:
             found.setdefault("head", f"adapts {module.name}")
     if missing := missing_siblings(adapter.modules):
         found["siblings"] = f"lacks {next(iter(missing))}"
+    if kind := _in_some_layers(adapter):
+        found["uneven"] = f"adapts {kind} in some layers only"
     copies = copies_of_base(adapter)
     for key in [key for key in adapter.others if key not in copies]:
-        found.setdefault(kind_of_other(adapter, key), f"holds {key.removeprefix('base_model.model.')}")
+        beside = key.endswith(".base_layer.weight") and getattr(adapter, "base", None) is None
+        kind = "base_table" if beside else kind_of_other(adapter, key)
+        found.setdefault(kind, f"holds {key.removeprefix('base_model.model.')}")
     if changed_base(config):
         found["altered_base"] = f"init_lora_weights is {config.get('init_lora_weights')!r}"
     return found
+
+
+_LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
+
+
+def _in_some_layers(adapter: Adapter) -> str | None:
+    """A module that layers up to the last adapted one lack; where all have it, layers after that may lack it still."""
+    layers: dict[str, set[int]] = {}
+    for name in adapter.modules:
+        if match := _LAYER.fullmatch(name):
+            layers.setdefault(f"{match[1]}*{match[3]}", set()).add(int(match[2]))
+    last = max((max(indices) for indices in layers.values()), default=0)
+    return next((kind for kind, indices in layers.items() if len(indices) <= last), None)
 
 
 # SGLang stacks projections: a module that is adapted needs another one adapted beside it.
@@ -142,7 +160,7 @@ def serving_table(adapter: Adapter, base: str | None = None) -> list[Verdict]:
         adapter: the adapter.
         base: the base model, for the commands; None takes the name in the adapter's configuration.
     """
-    data, found = serving_data(), features(adapter)
+    data, found = serving_data(), {"format": "is in PEFT's format"} | features(adapter)
     # A server reads the configuration, also where no tensor goes with it; an export drops these.
     said = {name: f"{name} is {adapter.config.get(name)!r}" for name in ("bias", "modules_to_save")}
     said = {name: text for name, text in said.items() if adapter.config.get(name) not in (None, [], "none")}
@@ -214,5 +232,5 @@ def _way_out(ways: set[str], adapter: Adapter, server: Mapping, base: str, too_l
     if "merge" in ways:
         return merge
     if "lossy" in ways:
-        return merge if server["target"] != "peft" else export
+        return merge
     return f"{export} --rank {server['ranks'][-1]} --allow-lossy" if too_large else export
