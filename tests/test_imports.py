@@ -14,7 +14,7 @@ import loraloom
 ROOT = Path(loraloom.__file__).parent
 # From the ground up. A single file of the package's root stands on the floor that has its name.
 FLOORS = [
-    {"", "errors", "text", "progress", "provenance"},
+    {"", "errors", "text", "patterns", "annotations", "progress", "provenance"},
     {"update"},
     {"tuner", "optim", "io", "card"},
     {"adapter"},

@@ -10,8 +10,9 @@ from typing import Any
 from loraloom.adapter.base import BaseWeights
 from loraloom.adapter.peft_features import changed_base
 from loraloom.adapter.serving import kind_of_other
-from loraloom.adapter.stored import PREFIX, StoredAdapter, StoredModule, for_training_only, matches, pattern_value
+from loraloom.adapter.stored import PREFIX, StoredAdapter, StoredModule, for_training_only
 from loraloom.errors import InputError
+from loraloom.patterns import ends_with, is_target, pattern_value
 from loraloom.text import did_you_mean
 
 # Names that wrappers leave in a state dict when the wrapped model is saved.
@@ -111,7 +112,7 @@ def config_findings(adapter: StoredAdapter) -> list[Finding]:
         found.append(_error("target", why, unreached))
     targets = config.get("target_modules")
     names = targets if isinstance(targets, list) else []
-    idle = [name for name in names if not any(_ends_with(module, name) for module in adapter.modules)]
+    idle = [name for name in names if not any(ends_with(module, name) for module in adapter.modules)]
     if idle:
         found.append(_warning("target", "of target_modules match no adapted module", idle))
     found += _part_findings(adapter)
@@ -158,30 +159,13 @@ def _other_findings(adapter: StoredAdapter) -> list[Finding]:
 
 def _is_target(config: dict[str, Any], module: str) -> bool:
     """Whether PEFT would adapt the module, by its rules for names and layer indices."""
-    excluded, targets, layers = (config.get(k) for k in ("exclude_modules", "target_modules", "layers_to_transform"))
-    if any(_ends_with(f"{module}.weight", name) for name in config.get("target_parameters") or []):
+    if any(ends_with(f"{module}.weight", name) for name in config.get("target_parameters") or []):
         return True
-    if isinstance(excluded, str) and matches(excluded, module, whole=True):
-        return False
-    if isinstance(excluded, list) and any(_ends_with(module, name) for name in excluded):
-        return False
+    targets = config.get("target_modules")
+    rest = {key: config.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern")}
     if targets is None or targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return matches(targets, module, whole=True) is not None
-    if not any(_ends_with(module, name) for name in targets):
-        return False
-    if layers is None or layers == []:
-        return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = (matches(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module, pattern) for pattern in patterns)
-    match = next((match for match in found if match), None)
-    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
-
-
-def _ends_with(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
+        targets = [module]
+    return bool(is_target(module, targets, **rest))
 
 
 def _misshapen(module: StoredModule) -> str | None:

@@ -2,11 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import regex
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from loraloom.adapter.peft_features import TRAINING_ONLY, check_config
 from loraloom.adapter.protocol import AdaptedModule, Adapter, Parts
 from loraloom.errors import InputError
 from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
+from loraloom.patterns import pattern_value
 from loraloom.update.composition import Composition, LayerComposition
 from loraloom.update.parts import LORA_EMBEDDING, NAMES
 from loraloom.update.terms import scaling
@@ -26,7 +25,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out", "decoder")
 _MOST_EXPERTS = 4096
-_SECONDS = 0.5  # for one match of an expression that a file brings
 
 
 class StoredModule(AdaptedModule):
@@ -131,8 +129,10 @@ class StoredAdapter(Adapter):
                         f"{path}: {module} has no {part} ({', '.join(parts.values())}): save it again",
                         code="missing-tensor",
                     )
-            for key in parts.values():
+            for part, key in parts.items():
                 dtype = checkpoint.dtype(key)
+                if part in ("A", "B") and not checkpoint.shape(key):
+                    raise InputError(f"{path}: {key} is a single number; expected a matrix", code="shape")
                 if not dtype.is_floating_point or dtype.itemsize == 1:
                     raise InputError(
                         f"{path}: {key} is stored as {dtype}; expected a floating point of 16 bits or more",
@@ -247,49 +247,6 @@ def read_adapter(path_or_id: str | Path) -> StoredAdapter:
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}", code="no-weights")
     return StoredAdapter(folder, config, open_checkpoint(folder / WEIGHTS))
-
-
-def pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the whole name, or its ending after a dot.
-
-    Raises:
-        InputError: a key is no expression, or takes too long.
-    """
-    for key, value in (pattern or {}).items():
-        if matches(rf"(.*\.)?({key})$", module, key):
-            return value
-    return default
-
-
-def matches(expression: str, name: str, shown: str | None = None, *, whole: bool = False) -> "regex.Match | None":
-    """Matches an expression that a file brings, at the start of a name or with all of it, within a second.
-
-    Args:
-        expression: of :mod:`re`.
-        name: the text.
-        shown: how a message names the expression; None: as it is.
-        whole: match all of the name.
-
-    Raises:
-        InputError: it is no expression ("bad-pattern"), or it takes too long ("slow-pattern").
-    """
-    shown = expression if shown is None else shown
-    try:
-        compiled = _compiled(expression)
-        match = compiled.fullmatch if whole else compiled.match
-        return match(name, timeout=_SECONDS)
-    except TimeoutError:
-        raise InputError(
-            f"the expression {shown!r} takes more than {_SECONDS:g} s to match {name!r}: simplify it",
-            code="slow-pattern",
-        ) from None
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise InputError(f"{shown!r} is no regular expression: {error}", code="bad-pattern") from None
-
-
-@cache
-def _compiled(expression: str) -> "regex.Pattern":
-    return regex.compile(expression)
 
 
 def _composition(path: Path, values: Any) -> Composition | None:

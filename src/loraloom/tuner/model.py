@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loraloom.errors import InputError
+from loraloom.patterns import is_target, pattern_value
 from loraloom.tuner import neighbours
 from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
@@ -24,13 +25,13 @@ from loraloom.tuner.peft_internals import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     BaseTuner,
-    get_pattern_key,
+    ExcludedModule,
     get_quantization_kwargs,
     register,
     resolve_quantization_backend,
 )
 from loraloom.tuner.quantized import prevent_cpu_repacking
-from loraloom.tuner.targets import prepare_targets
+from loraloom.tuner.targets import check_tokens, prepare_targets
 from loraloom.tuner.weight_reads import modules_read
 from loraloom.update.composition import Tie
 
@@ -52,6 +53,7 @@ class LoomModel(BaseTuner):
                     f"The model has a module {name!r}: names that start with {PREFIX!r} are the adapter's. Rename it."
                 )
         prepare_targets(peft_config, model, partial(self._check_target_module_exists, peft_config))
+        check_tokens(peft_config, model)
         composition = getattr(peft_config, "composition", None)
         if composition is not None:
             present = {name for name, _ in model.named_modules()}
@@ -68,6 +70,13 @@ class LoomModel(BaseTuner):
             peft_config.target_modules = set(known) if isinstance(known, list) else known
             return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # PEFT's version matches expressions without a limit of time, and they may come from anyone's file.
+        names = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        found = is_target(key, *(getattr(peft_config, name) for name in names))
+        return ExcludedModule() if found is None else found
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: PEFT's way to merge LoRA factors adds cross terms.
@@ -111,8 +120,8 @@ class LoomModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
-        r = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha)
+        r = pattern_value(ranks, current_key, peft_config.r)
+        alpha = pattern_value(alphas, current_key, peft_config.lora_alpha)
         composition = peft_config.composition
         if composition is not None:
             if current_key not in composition.ranks:  # it only ends like a target

@@ -15,9 +15,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant, MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, hotswap, register_peft_method
 from peft.utils.integrations import gather_params_ctx, init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "DoraLinearVariant",
+    "ExcludedModule",
     "LoraLayer",
     "MiCALinearVariant",
     "after_injection",
@@ -38,7 +40,6 @@ __all__ = [
     "expand_all_linear",
     "features_of",
     "gather_params_ctx",
-    "get_pattern_key",
     "get_quantization_kwargs",
     "has_base_weight",
     "init_empty_weights",

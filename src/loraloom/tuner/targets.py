@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from loraloom.errors import InputError
+from loraloom.patterns import ends_with, pattern_value
 from loraloom.tuner.peft_internals import HEADS_SAVED_LATER, BaseTunerLayer, expand_all_linear
 
 
@@ -30,6 +32,22 @@ def prepare_targets(config: Any, model: nn.Module, is_target: Callable[[str], An
         config.target_modules = {name for name in config.target_modules if not _is_saved(name, config)}
     if config.loom_format_version is None:
         _check_names(config, model, is_target, all_linear)
+
+
+def check_tokens(config: Any, model: nn.Module) -> None:
+    """Raises InputError where trainable_token_indices has a row that the table does not have."""
+    given = config.trainable_token_indices
+    if not given:
+        return
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    rows = given if isinstance(given, dict) else dict.fromkeys(tables, given)
+    for wanted, indices in rows.items():
+        sizes = [table.num_embeddings for name, table in tables.items() if ends_with(name, wanted)]
+        if sizes and not all(0 <= index < max(sizes) for index in indices):
+            raise InputError(
+                f"trainable_token_indices names row {max(indices, key=abs)} of {wanted}, which has {max(sizes)} rows",
+                code="tokens",
+            )
 
 
 def _is_saved(name: str, config: Any) -> bool:
@@ -60,7 +78,7 @@ def _check_names(config: Any, model: nn.Module, is_target: Callable[[str], Any],
     targets += [name for name in parameters if name.endswith(tuple(f".{p}" for p in config.target_parameters or ()))]
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+            if not any(pattern_value({pattern: True}, name, False) for name in targets):
                 problems.append(_problem(option, pattern, targets))
     if problems and config.allow_unmatched:
         warnings.warn(" ".join(problems), RuntimeWarning, stacklevel=2)
