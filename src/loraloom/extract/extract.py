@@ -6,6 +6,7 @@ One weight at a time: ``W_tuned - W_base`` is formed, approximated (Eckart and Y
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from loraloom.adapter.made import MadeAdapter, MadeModule, MadeReport
 from loraloom.card import Card
 from loraloom.errors import InputError, RunFailedError
 from loraloom.export.export import ExportReport, export_adapter
-from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_json
+from loraloom.io.checkpoint import Checkpoint, locate, open_checkpoint, read_model_config
 from loraloom.io.files import check_apart
 from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import best_approximation
 from loraloom.update.terms import compute_dtype
+
+_BLOCK = 2**22  # entries that are read at a time
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def extract_adapter(
         raise InputError(f"rank={rank} must be a positive integer", code="rank")
     folders = [locate(base), locate(tuned)]
     before, after = (open_checkpoint(folder) for folder in folders)
-    config = read_json(folders[0] / "config.json") if (folders[0] / "config.json").is_file() else {}
+    config = read_model_config(folders[0])
     check_apart(Path(out), folders)
     _check_same(before, after)
     differences = _Differences(before, after, config)
@@ -89,14 +92,13 @@ def extract_adapter(
 
     keys = [key for file in before.files for key in before.files[file]]
     for key in tracked(keys, "Subtracting", progress):
-        D, length = differences(key)
-        norm = float(torch.linalg.vector_norm(D))
+        D, norm, length = differences(key)
         if not norm:
             unchanged += 1
         elif differences.is_linear(key):
             module = key.removesuffix(".weight")
             A, B = best_approximation(D.flatten(1), rank)
-            lost = float(torch.linalg.vector_norm(torch.addmm(D.flatten(1), B, A, alpha=-1)))
+            lost = float(torch.linalg.vector_norm(D.flatten(1).addmm_(B, A, alpha=-1)))
             errors[module], norms[module] = lost / norm, norm / length if length else math.inf
             squares[0], squares[1] = squares[0] + lost**2, squares[1] + norm**2
             kernel = tuple(D.shape[1:]) if D.dim() > 2 else ()
@@ -108,7 +110,7 @@ def extract_adapter(
             f"no linear layer of {folders[1]} differs from {folders[0]}: there is nothing to extract", code="zero"
         )
     settings = {"base_model_name_or_path": str(base), "fan_in_fan_out": config.get("model_type") in CONV1D_MODELS}
-    if str(config.get("architectures", [""])[0]).endswith("ForCausalLM"):
+    if (config.get("architectures") or [""])[0].endswith("ForCausalLM"):
         settings["task_type"] = "CAUSAL_LM"
     digest = hashlib.sha256(json.dumps([str(folder) for folder in folders]).encode()).hexdigest()
     made = MadeAdapter(folders[1].name, modules, settings, digest)
@@ -137,17 +139,38 @@ class _Differences:
         self.before, self.after = before, after
         self.conv1d = config.get("model_type") in CONV1D_MODELS
 
-    def __call__(self, key: str) -> tuple[Tensor, float]:
-        """``W_tuned - W_base`` in at least float32, linear ones as (out, in, ...), and ``||W_base||``."""
-        W, tuned = self.before.tensor(key), self.after.tensor(key)
-        if not (W.is_floating_point() and tuned.is_floating_point()):
-            return (tuned.double() - W.double(), float(W.double().norm()))
-        if not (W.isfinite().all() and tuned.isfinite().all()):
-            raise InputError(f"{key} holds NaN or infinity in one of the checkpoints", code="not-finite")
-        dtype = compute_dtype(W, tuned)
-        D = tuned.to(dtype).sub_(W.to(dtype))
+    def __call__(self, key: str) -> tuple[Tensor, float, float]:
+        """``D = W_tuned - W_base`` in at least float32, ``||D||`` and ``||W_base||``, a few rows at a time.
+
+        D is empty where no LoRA of linear layers can hold it; a linear one is (out, in, ...).
+        """
+        D = torch.empty(0)
+        changed, length = 0.0, 0.0
+        for rows, W, tuned in self._blocks(key):
+            if not (W.isfinite().all() and tuned.isfinite().all()):
+                raise InputError(f"{key} holds NaN or infinity in one of the checkpoints", code="not-finite")
+            floating = W.is_floating_point() and tuned.is_floating_point()
+            dtype = compute_dtype(W, tuned) if floating else torch.float64
+            W = W.to(dtype)
+            part = tuned.to(dtype).sub_(W)
+            changed += float(torch.linalg.vector_norm(part)) ** 2
+            length += float(torch.linalg.vector_norm(W)) ** 2
+            if self.is_linear(key):
+                D = D if D.numel() else torch.empty(self.before.shape(key), dtype=dtype)
+                D[rows] = part
         transposed = self.conv1d and key.split(".")[-2:-1] and key.split(".")[-2] in CONV1D_NAMES and D.dim() == 2
-        return (D.T if transposed else D), float(torch.linalg.vector_norm(W, dtype=dtype))
+        return (D.T if transposed else D), math.sqrt(changed), math.sqrt(length)
+
+    def _blocks(self, key: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The tensor of both checkpoints, some rows at a time."""
+        shape = self.before.shape(key)
+        if not shape:
+            yield slice(None), self.before.tensor(key), self.after.tensor(key)
+            return
+        step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            yield slice(start, stop), self.before.rows(key, start, stop), self.after.rows(key, start, stop)
 
     def is_linear(self, key: str) -> bool:
         """Whether a LoRA of linear layers and convolutions can hold the tensor's update."""
