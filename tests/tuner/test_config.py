@@ -1,11 +1,16 @@
 """LoomConfig: constructors, refusals, and names that match nothing."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from loraloom import LoomConfig
+from loraloom.errors import InputError
+from tests.models import llama
 from tests.tuner.support import ALL_PARTS, Pair
 
 
@@ -283,3 +288,59 @@ def test_modules_to_save_trains_and_saves_a_head(tmp_path):
     x = torch.randn(2, 8)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
+
+
+JSON = [None, True, 0, -1, 1.5, float("nan"), float("inf"), "false", "", [], ["x"], [1], [[]], {}, {"a": 1}, {"a": "x"}]
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoomConfig) if field.name != "peft_type"])
+def test_a_value_of_any_type_is_taken_or_refused_in_one_line(field):
+    """A file may hold anything."""
+    said = []
+    for value in JSON:
+        try:
+            LoomConfig(**{field: value})
+        except ValueError as error:
+            said.append(str(error))
+    assert not any("\n" in message for message in said)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_rslora", "false"),
+        ("lora_alpha", float("nan")),
+        ("alpha_pattern", {"q_proj": float("inf")}),
+        ("rank_pattern", ["q_proj"]),
+        ("target_modules", [1]),
+        ("modules_to_save", "lm_head"),
+        ("layers_to_transform", 1.5),
+        ("trainable_token_indices", ["a"]),
+        ("lora_dropout", "0.1"),
+    ],
+)
+def test_a_wrong_type_is_named(field, value):
+    with pytest.raises(InputError) as caught:
+        LoomConfig(**{field: value})
+    assert caught.value.code == "config-type"
+    assert field in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["r", "rank_pattern"])
+def test_a_rank_that_the_file_does_not_hold_is_refused_before_it_is_allocated(tmp_path, key):
+    get_peft_model(llama(), LoomConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    large = 10**9 if key == "r" else {"q_proj": 10**9}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: large}))
+    with pytest.raises(InputError) as caught:
+        PeftModel.from_pretrained(llama(), tmp_path)
+    assert caught.value.code == "rank"
+
+
+def test_an_expression_that_takes_for_ever_is_refused(tmp_path):
+    get_peft_model(llama(), LoomConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    for key in ("target_modules", "exclude_modules"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: r"(.*)*(.*)*(.*)*(.*)*!"}))
+        with pytest.raises(ValueError, match=r"."):  # at once: `re` would not come back
+            PeftModel.from_pretrained(llama(), tmp_path)

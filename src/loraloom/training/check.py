@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from loraloom.annotations import matches
 from loraloom.errors import InputError
 from loraloom.optim.options import ProjectionOptions
 from loraloom.optim.registry import OPTIMIZERS
-from loraloom.training.annotations import matches
 from loraloom.training.builtin import SMOLLM2, is_encoder
 from loraloom.training.config import (
     CLASSIFICATION,

@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from loraloom.annotations import choices, describe, matches, options
 from loraloom.errors import InputError
 from loraloom.text import did_you_mean
-from loraloom.training.annotations import choices, describe, matches, options
 from loraloom.training.check import check_combinations
 from loraloom.training.config import (
     SECTIONS,

@@ -1,14 +1,18 @@
 """``LoomConfig``: one configuration for LoRA, MoSLoRA, DoRA, WeightLoRA and every combination of their parts."""
 
+import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_type_hints
 
 from peft import LoraConfig, PeftConfig
 
+from loraloom.annotations import describe, matches
+from loraloom.errors import InputError
 from loraloom.text import did_you_mean
 from loraloom.tuner.peft_internals import LOOM
+from loraloom.tuner.stored_ranks import check_ranks
 from loraloom.update.composition import Composition
 
 FORMAT_VERSION = 1
@@ -16,6 +20,13 @@ MIXERS = (False, "orthogonal", "kaiming")
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 BIASES = ("none", "all", "loom_only")
 # The adapter starts as an exact identity only if B M A equals what is subtracted, so the mixer starts as I.
+# Fields whose values have the type of their annotation, and no check of their own.
+_TYPED = (
+    *("base_model_name_or_path", "revision", "inference_mode", "lora_alpha", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "use_rslora", "use_dora", "use_gate", "fan_in_fan_out", "trainable_token_indices"),
+    *("target_parameters", "allow_unmatched"),
+)
 INITS_WITH_IDENTITY_MIXER = ("orthogonal", "pissa", "olora")
 # What a person finds in the folder after ``KeyError: 'LOOM'``, all that PEFT says.
 _REQUIRES = "pip install loraloom, and import loraloom before the adapter is loaded"
@@ -41,7 +52,7 @@ class LoomConfig(PeftConfig):
 
     r: int = 8
     """Rank of every adapter. Size and cost grow linearly with it; 8 to 64 is usual."""
-    lora_alpha: int = 8
+    lora_alpha: int | float = 8
     """The update is scaled by s = lora_alpha / r (with ``use_rslora``: lora_alpha / sqrt(r))."""
     lora_dropout: float = 0.0
     """Dropout on the adapter's input, 0 <= p < 1. It acts on the low-rank path only, in DoRA as well."""
@@ -56,7 +67,7 @@ class LoomConfig(PeftConfig):
     """Name of the list that holds the layers ("layers", "h"), where its place in the path is not the usual one."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks for modules whose name matches a key (name ending or regular expression), instead of ``r``."""
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
     """The same for ``lora_alpha``."""
     modules_to_save: list[str] | None = None
     """Modules, such as a new classifier head, that are trained in full and saved with the adapter."""
@@ -118,6 +129,7 @@ class LoomConfig(PeftConfig):
                 f"loom_format_version={self.loom_format_version!r}: this loraloom reads version {FORMAT_VERSION}. "
                 "Upgrade it with: pip install -U loraloom."
             )
+        self._check_types()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"The rank {name}={rank!r} must be a positive integer.")
@@ -173,6 +185,20 @@ class LoomConfig(PeftConfig):
         text = readme.read_text(encoding="utf-8") if readme.exists() else ""
         if "import loraloom" not in text:
             readme.write_text(f"{text.rstrip()}\n\n{_NOTE}\n".lstrip(), encoding="utf-8")
+
+    def _check_types(self) -> None:
+        """Raises InputError for a value of another type than the field's; a file may hold anything."""
+        hints = get_type_hints(type(self))
+        for name in _TYPED:
+            value = getattr(self, name)
+            value = list(value) if isinstance(value, set | frozenset | tuple | range) else value  # PEFT's conventions
+            if not matches(value, hints[name]):
+                raise InputError(f"{name}={value!r:.80}: expected {describe(hints[name])}.", code="config-type")
+        if not all(map(math.isfinite, (self.lora_alpha, *self.alpha_pattern.values()))):
+            raise InputError(
+                f"lora_alpha={self.lora_alpha!r}, alpha_pattern={self.alpha_pattern!r:.80}: expected finite numbers.",
+                code="config-type",
+            )
 
     @classmethod
     def lora(cls, **kwargs: Any) -> Self:
@@ -230,6 +256,7 @@ class LoomConfig(PeftConfig):
 
         Raises:
             ValueError: the folder holds ``adapter_model.bin`` and no ``adapter_model.safetensors``.
+            InputError: a rank is larger than every tensor of the file, so that it cannot be the adapter's ("rank").
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         has = {name: os.path.exists(os.path.join(folder, f"adapter_model.{name}")) for name in ("bin", "safetensors")}
@@ -238,4 +265,7 @@ class LoomConfig(PeftConfig):
                 f"{folder} holds adapter_model.bin, a pickle, which can run code when it is loaded. "
                 "Save the adapter with save_pretrained(..., safe_serialization=True)."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if has["safetensors"]:
+            check_ranks(config, os.path.join(folder, "adapter_model.safetensors"))
+        return config

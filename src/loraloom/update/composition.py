@@ -16,12 +16,13 @@ c is the total weight: 1, or what the composition says. With related members a l
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from loraloom.annotations import describe, matches
 from loraloom.update.simplex import nearest_in_simplex
 from loraloom.update.traced import is_traced
 
@@ -93,6 +94,9 @@ class Composition:
             )
         if missing := sorted({"members", "ranks"} - values.keys()):
             raise ValueError(f"composition: {', '.join(missing)} is missing from the adapter's configuration.")
+        for name, hint in get_type_hints(cls).items():
+            if name in values and not matches(values[name], hint):
+                raise ValueError(f"composition: {name} is {values[name]!r:.80}; expected {describe(hint)}.")
         return cls(**values)
 
     @property

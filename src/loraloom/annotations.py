@@ -18,6 +18,8 @@ def matches(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(
             matches(key, arguments[0]) and matches(item, arguments[1]) for key, item in value.items()
         )
+    if hint is Any:
+        return True
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
