@@ -14,9 +14,10 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def printable(text: str) -> str:
-    """The text with what a terminal would obey, such as escape sequences, written out; lines stay lines."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, *, lines: bool = True) -> str:
+    """The text with what a terminal would obey, such as escape sequences, written out; lines stay lines, or not."""
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

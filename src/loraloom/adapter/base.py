@@ -4,14 +4,14 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loraloom.adapter.experts import ExpertPlaces
 from loraloom.errors import InputError
-from loraloom.io.checkpoint import Checkpoint, locate, read_json
+from loraloom.io.checkpoint import Checkpoint, locate, read_model_config
 from loraloom.io.quantized.checkpoint import open_base
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class BaseWeights:
 
     def __init__(self, path_or_id: str | Path, adapter: "Adapter") -> None:
         folder = locate(path_or_id)
-        config = folder / "config.json"
-        self._config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        self._config = read_model_config(folder)
         self.checkpoint = open_base(folder, self._config)
         self._adapter = adapter
         self.experts = {name: module.expert for name, module in adapter.modules.items() if module.expert is not None}
@@ -54,20 +53,24 @@ class BaseWeights:
         if module in self.experts:
             self._places.of(self.experts[module], self._adapter.modules[module].shape)
             return False
-        shape, dtype = self.checkpoint.shape(key), self.checkpoint.dtype(key)
-        if not dtype.is_floating_point or dtype.itemsize == 1:  # float8 has scales of its own
-            raise InputError(
-                f"{module} is stored as {dtype} in the base, quantised: give the original base model", code="quantized"
-            )
+        shape = self.checkpoint.shape(key)
+        check_floating(module, self.checkpoint.dtype(key))
         return stored_transposed(module, self._adapter.modules[module].shape, shape, self._config, self._adapter.config)
 
     def matrix(self, module: str) -> Tensor:
-        """The module's weight as W (out, in), in its stored dtype."""
+        """The module's weight as W (out, in), in its stored dtype.
+
+        Raises:
+            InputError: as :meth:`transposed`, or it holds NaN or infinity.
+        """
         if module in self.experts:
             self._key(module)
             places = self._places.of(self.experts[module], self._adapter.modules[module].shape)
             return torch.cat([place.read(self.checkpoint) for place in places])
-        return as_matrix(self.checkpoint.tensor(self._key(module)), self.transposed(module))
+        weight = as_matrix(self.checkpoint.tensor(self._key(module)), self.transposed(module))
+        if not weight.isfinite().all():
+            raise InputError(f"{self.keys[module]} of {self.checkpoint.path} holds NaN or infinity", code="not-finite")
+        return weight
 
     def is_embedding(self, module: str) -> bool:
         """Whether the module is a table of vectors: stored as W^T, and no Conv1D."""
@@ -83,6 +86,14 @@ class BaseWeights:
                 code="unresolved",
             )
         return key
+
+
+def check_floating(module: str, dtype: torch.dtype) -> None:
+    """Raises InputError for a weight that is stored as integers, or as float8, which has scales of its own."""
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise InputError(
+            f"{module} is stored as {dtype} in the base, quantised: give the original base model", code="quantized"
+        )
 
 
 def looks_like_embedding(module: str) -> bool:

@@ -4,6 +4,7 @@ With D = sum_n g_n s_n B_n M_n A_n of a module: ||D||_F, effective rank and stab
 the factors; with the base model also ||dW|| / ||W||, where dW = D, or with DoRA m (W + D) / rownorm(W + D) - W.
 """
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from loraloom.adapter.stored import StoredAdapter, StoredModule, read_adapter
 from loraloom.errors import InputError
 from loraloom.progress import Progress, silent, tracked
 from loraloom.update.lowrank import effective_rank, factored_svd, stable_rank
+from loraloom.update.terms import compute_dtype
 
 # Part of the update -> the name under which the method was published.
 _METHODS = {
@@ -182,7 +184,7 @@ def _layer(adapter: StoredAdapter, module: StoredModule, has_base: bool, misshap
     try:
         module.parts()
     except InputError:
-        return LayerReport(**common, gate=gate, finite=False)
+        return LayerReport(**common, gate=gate if gate is not None and math.isfinite(gate) else None, finite=False)
     S = factored_svd(*module.factors())[1]
     zero = None
     if not S.any():
@@ -192,7 +194,7 @@ def _layer(adapter: StoredAdapter, module: StoredModule, has_base: bool, misshap
     if has_base and adapter.base is not None and adapter.base.keys[module.name] is not None:
         W = module.weight()
         norm = S.norm() if "magnitude" not in parts else module.update().change(W).norm()
-        length = torch.linalg.vector_norm(W, dtype=torch.float32)
+        length = torch.linalg.vector_norm(W, dtype=compute_dtype(W))
         relative = float(norm / length) if length else None
     return LayerReport(
         **common,

@@ -91,7 +91,7 @@ def _report(message: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     # Of several processes of one run, all meet the same wrong input: the first one says it.
     if code != 2 or os.environ.get("RANK", "0") == "0":
-        print(f"loraloom: {printable(message)}", file=sys.stderr)
+        print(f"loraloom: {printable(message, lines=False)}", file=sys.stderr)
     return code
 
 

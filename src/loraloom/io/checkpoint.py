@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraloom.annotations import describe, matches
 from loraloom.errors import InputError
 from loraloom.text import did_you_mean
 
@@ -34,6 +35,19 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+}
+
+
+# What is read of a model's config.json.
+_OF_MODELS: dict[str, Any] = {
+    "model_type": str,
+    "architectures": list[str],
+    "vocab_size": int,
+    "tie_word_embeddings": bool,
+    "is_encoder_decoder": bool,
+    "id2label": dict[str, str],
+    "text_config": dict[str, Any],
+    "quantization_config": dict[str, Any],
 }
 
 
@@ -181,6 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text, and cannot be printed
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", code="unreadable") from None
     except (ValueError, RecursionError) as error:
@@ -190,10 +205,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json, {} where there is none.
+
+    Raises:
+        InputError: it is not JSON, or a value that is read here has a wrong type.
+    """
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    for part in (config, config.get("text_config") or {}):
+        for key, hint in _OF_MODELS.items():
+            if part.get(key) is not None and not matches(part[key], hint):
+                raise InputError(f"{path}: {key} is {part[key]!r:.80}; expected {describe(hint)}", code="config-type")
+    return config
+
+
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map: write the index again with save_pretrained", code="index")
+    for name in weight_map.values():
+        if not isinstance(name, str) or "\0" in name:
+            raise InputError(
+                f"{index} names {name!r} as a file: write the index again with save_pretrained", code="json"
+            )
     shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     for shard in shards:
         if shard.parent.resolve() != index.parent.resolve():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from loraloom.errors import InputError
-from loraloom.io.checkpoint import read_json
+from loraloom.io.checkpoint import read_model_config
 
 # PEFT's tasks whose model has a head that a pretrained base lacks -> how transformers names such a model.
 CLASSIFIERS = {
@@ -94,8 +94,7 @@ def _set_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
 
 def _label_names(adapter: Path, labels: int) -> list[str] | None:
     """The names that a config.json beside the adapter has for its labels, in order; None without one."""
-    path = adapter / "config.json"
-    names = (read_json(path).get("id2label") if path.is_file() else None) or {}
+    names = read_model_config(adapter).get("id2label") or {}
     return [str(names[str(i)]) for i in range(labels)] if set(names) == set(map(str, range(labels))) else None
 
 

@@ -20,7 +20,7 @@ from loraloom.adapter.open import open_stored
 from loraloom.adapter.stored import StoredAdapter
 from loraloom.card import write_card
 from loraloom.errors import InputError
-from loraloom.io.checkpoint import INDEX, Checkpoint, locate, read_json
+from loraloom.io.checkpoint import INDEX, Checkpoint, locate, read_json, read_model_config
 from loraloom.io.files import check_apart, check_new_folder, folder_atomically, write_text_atomically
 from loraloom.io.quantized.checkpoint import QuantizedCheckpoint, open_base
 from loraloom.io.stream import write_safetensors
@@ -79,7 +79,7 @@ def merge_checkpoint(
     folder = locate(base, _PATTERNS)
     check_apart(out, [folder, *(adapter.path for adapter in opened)])
     check_new_folder(out, overwrite)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_model_config(folder)
     weights_of_base = _open_base(folder, config, base_precision, opened)
     if base_precision == "dequantised":
         dtype = dtype or "bfloat16"
@@ -126,8 +126,7 @@ def verified(result: MergeResult, verification: dict[str, Any], command: str = "
     result = replace(result, verification=verification)
     folder = Path(result.out)
     write_text_atomically(folder / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
-    config = folder / "config.json"
-    write_card(merge_card(result, read_json(config) if config.is_file() else {}, command), folder)
+    write_card(merge_card(result, read_model_config(folder), command), folder)
     return result
 
 
@@ -227,7 +226,8 @@ def _write_index(plan: Plan, base: Path, folder: Path, size: int) -> None:
     if not (base / INDEX).is_file():
         return
     index = read_json(base / INDEX)
-    metadata = {**index.get("metadata", {}), "total_size": size}
+    told = index.get("metadata")
+    metadata = {**(told if isinstance(told, dict) else {}), "total_size": size}
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(target.nbytes // target.dtype.itemsize for target in plan.targets)
     weight_map = {target.name: file.name for file, targets in plan.files.items() for target in targets}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loraloom.adapter.base import base_keys, stored_transposed
+from loraloom.adapter.base import base_keys, check_floating, stored_transposed
 from loraloom.adapter.experts import ExpertPlaces
 from loraloom.adapter.stored import PREFIX, StoredAdapter
 from loraloom.errors import InputError
@@ -135,6 +135,8 @@ class _Edits:
             if key is None:
                 homeless.append(module)
                 continue
+            if key in self.base:
+                check_floating(module, self.base.dtype(key))
             shape, update = self.shape_of(key, own.get(key)), adapter.modules[module].shape
             transposed = stored_transposed(module, update, shape, dict(self.config), adapter.config)
             if key in own and own[key].module is not None:

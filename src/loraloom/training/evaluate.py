@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from transformers import Trainer
 
+from loraloom.adapter.open import open_stored
+from loraloom.adapter.stored import CONFIG
 from loraloom.errors import InputError
+from loraloom.io.checkpoint import read_json
 from loraloom.training.config import METHODS_WITHOUT_ADAPTER, RunConfig
 from loraloom.training.data import load_data
 from loraloom.training.load import load_config
@@ -100,8 +103,14 @@ def load_model(folder: Path, config: RunConfig, data: RunData, processor: Any) -
     """
     if config.method.name in METHODS_WITHOUT_ADAPTER:
         return load_base(config.model, data, processor, path=str(folder))[0]
+    adapter_config = read_json(folder / CONFIG)
+    if not adapter_config.get("target_parameters"):
+        open_stored(folder)
     base, _ = load_base(config.model, data, processor)
-    model = PeftModel.from_pretrained(base, str(folder))
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # of a configuration that PEFT cannot read
+        raise InputError(f"{folder}: PEFT cannot load the adapter: {error}", code="adapter") from error
     if not isinstance(model.base_model, LoomModel):
         speed_up(model)  # as in training: the same numbers to the last bit
     return model

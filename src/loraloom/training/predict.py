@@ -1,12 +1,14 @@
 """A finished run, asked something new: labels with their probabilities, numbers, tags, or text."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from loraloom.annotations import matches
+from loraloom.errors import InputError
+from loraloom.io.checkpoint import read_json
 from loraloom.training.config import RunConfig
 from loraloom.training.evaluate import finished_run, load_model
 from loraloom.training.model import load_processor, resolve_max_length
@@ -33,7 +35,9 @@ class Predictor:
         self.config: RunConfig = finished_run(folder)
         self.task: Task = get_task(self.config.model.task)
         self.processor = load_processor(self.config.model)
-        names = json.loads((folder / RESULT).read_text(encoding="utf-8"))["label_names"]
+        names: Any = read_json(folder / RESULT).get("label_names")
+        if not matches(names, list[str]):
+            raise InputError(f"{folder / RESULT}: label_names is {names!r:.80}; expected a list of names", code="json")
         nothing = Dataset.from_dict({})
         self.model = load_model(folder, self.config, RunData(nothing, nothing, names), self.processor)
         length = resolve_max_length(self.config, self.processor)
