@@ -88,7 +88,7 @@ def add_library_verbs(verbs: dict[str, str]) -> None:
             try:
                 function(*arguments)
             except Exception as error:
-                if isinstance(error, InputError) or not wanted(error):
+                if function is python or isinstance(error, InputError) or not wanted(error):
                     raise
                 raise InputError(" ".join(str(error).split()), code="library") from error
 
