@@ -22,7 +22,7 @@ BIASES = ("none", "all", "loom_only")
 # The adapter starts as an exact identity only if B M A equals what is subtracted, so the mixer starts as I.
 # Fields whose values have the type of their annotation, and no check of their own.
 _TYPED = (
-    *("base_model_name_or_path", "revision", "inference_mode", "lora_alpha", "lora_dropout"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_alpha", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "use_rslora", "use_dora", "use_gate", "fan_in_fan_out", "trainable_token_indices"),
     *("target_parameters", "allow_unmatched"),
@@ -122,6 +122,7 @@ class LoomConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOOM
+        self._check_types()
         if self.auto_mapping:  # what save_pretrained adds is for a person
             self.auto_mapping = {name: v for name, v in self.auto_mapping.items() if name != "requires"} or None
         if self.loom_format_version not in (None, FORMAT_VERSION):
@@ -129,7 +130,6 @@ class LoomConfig(PeftConfig):
                 f"loom_format_version={self.loom_format_version!r}: this loraloom reads version {FORMAT_VERSION}. "
                 "Upgrade it with: pip install -U loraloom."
             )
-        self._check_types()
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"The rank {name}={rank!r} must be a positive integer.")
