@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from loraloom.training.config import DataSection
 from loraloom.training.data import load_data
 from loraloom.training.load import load_config
+from loraloom.training.mixing import joined
 
 from .support import assert_error
 
@@ -82,6 +84,20 @@ def test_a_set_that_does_not_fit_the_mix_is_named(tmp_path, other):
     path = write(tmp_path / "other.jsonl", other)
     section = DataSection(path=rows, mix={path: 0.5})
     assert_error("other-columns", "other.jsonl", lambda: load_data(section, "text-classification"))
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], None])
+def test_numbers_of_other_classes_are_not_taken_for_ours(names):
+    """In a folder of images or a set of the hub a label is a number: 0 is a cat here and a bird there."""
+
+    def rows(names, labels):
+        label = Value("string") if names is None else ClassLabel(names=names)
+        return Dataset.from_dict({"label": labels}, features=Features({"label": label}))
+
+    first, same = rows(names, ["cat", "dog"]), rows(names, ["dog"])
+    assert joined(first, {"same": same, "words": rows(None, ["dog"])}).num_rows == 4
+    for other in (["bird", "dog"], ["dog", "cat"], ["cat", "dog", "eel"]):
+        assert_error("other-classes", "dog", lambda other=other: joined(first, {"other": rows(other, ["dog"])}))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets import ClassLabel, Dataset, concatenate_datasets, interleave_datasets
 
 from loraloom.errors import InputError
 
@@ -19,7 +19,7 @@ def joined(first: Dataset, others: Mapping[str, Dataset]) -> Dataset:
         others: `data.mix`'s sets, by path.
 
     Raises:
-        InputError: a set has no column in common with the first, or holds something else in one.
+        InputError: a set has no column in common with the first, or holds something else or other classes in one.
     """
     columns = [name for name in first.column_names if all(name in rows.column_names for rows in others.values())]
     if not columns:
@@ -31,6 +31,14 @@ def joined(first: Dataset, others: Mapping[str, Dataset]) -> Dataset:
         )
     parts = [first.select_columns(columns)]
     for path, rows in others.items():
+        for name in columns:  # a cast keeps the numbers, whatever they are the numbers of
+            own, its = (_classes(features[name]) for features in (first.features, rows.features))
+            if its not in (None, own):
+                raise InputError(
+                    f"data.mix {path!r}: column {name!r} has the classes {its}, data.path {own or 'none'}: give all "
+                    "sets the same classes in the same order, or the labels as words",
+                    code="other-classes",
+                )
         try:
             parts.append(rows.select_columns(columns).cast(parts[0].features))
         except (ValueError, TypeError) as error:  # Arrow's errors are ValueErrors
@@ -40,6 +48,14 @@ def joined(first: Dataset, others: Mapping[str, Dataset]) -> Dataset:
                 code="other-columns",
             ) from error
     return concatenate_datasets(parts)
+
+
+def _classes(feature: Any) -> list[str] | None:
+    """The names that a column's numbers stand for, in a list or alone; None of other columns."""
+    while not isinstance(feature, ClassLabel):
+        if (feature := getattr(feature, "feature", None)) is None:
+            return None
+    return feature.names
 
 
 def mixed(sets: Sequence[Dataset], shares: Sequence[float], until: str) -> tuple[Dataset, list[int]]:
