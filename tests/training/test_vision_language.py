@@ -1,9 +1,13 @@
 """Texts with images, through TRL's collator: the answer depends on the image, runs reload and answer."""
 
 import dataclasses
+import io
 import json
+import types
 from pathlib import Path
+from unittest.mock import MagicMock, create_autospec
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +15,9 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -21,6 +27,9 @@ from loraloom.training import fit
 from loraloom.training.config import DataSection, MethodSection, ModelSection, OutputSection, RunConfig
 from loraloom.training.evaluate import evaluate_saved
 from loraloom.training.predict import Predictor
+from loraloom.training.tasks.base import AnswerOptions
+from loraloom.training.tasks.generation import generate
+from loraloom.training.tasks.vision_language import TASK
 
 from .support import assert_error, with_training
 
@@ -121,6 +130,37 @@ def test_what_does_not_go_is_one_line(config_of, tmp_path):
     late = [{"role": "user", "content": "what ?"}, {"role": "user", "content": [{"type": "image"}]}]
     config = config_of(lambda path, colour: {"image": path, "messages": late})
     assert_error("wrong-turn", "first user message", lambda: fit.train(config))
+
+
+def test_stored_images_are_asked_about_by_their_bytes():
+    """In a data set of the hub the path is no file here."""
+    stored = io.BytesIO()
+    Image.new("RGB", (8, 8), COLOURS["blue"]).save(stored, "png")
+    columns = {"image": datasets.Image(), "prompt": datasets.Value("string")}
+    given = {"image": [{"bytes": stored.getvalue(), "path": "once/there.png"}], "prompt": ["what ?"]}
+    rows = datasets.Dataset.from_dict(given, features=datasets.Features(columns))
+    ((turn,),) = TASK.questions(DataSection(), rows)
+    assert turn["content"][0]["image"].getpixel((0, 0)) == COLOURS["blue"]
+
+
+@pytest.mark.parametrize("turns", [[{"content": "what ?"}], ["what ?"], []])
+def test_a_turn_without_a_role_is_named(turns):
+    rows = datasets.Dataset.from_dict({"images": [[__file__]], "messages": [turns]})
+    assert_error("wrong-turn", "row 1", lambda: TASK.questions(DataSection(), rows))
+
+
+@pytest.mark.parametrize(("model", "kept"), [(Gemma3ForConditionalGeneration, True), (LlamaForCausalLM, False)])
+def test_token_types_reach_the_models_that_see_by_them(model, kept):
+    """Gemma 3 attends in both directions within an image, which they mark."""
+    given = {}
+    stub = create_autospec(model, instance=True)
+    stub.device, stub.config = "cpu", types.SimpleNamespace(is_encoder_decoder=False)
+    stub.generate.side_effect = lambda streamer, **inputs: [given.update(inputs), streamer.end()]
+    processor = MagicMock(**{"tokenizer.pad_token_id": 0})
+    ids = torch.ones(1, 2, dtype=torch.long)
+    processor.apply_chat_template.return_value = {"input_ids": ids, "token_type_ids": ids}
+    assert not "".join(generate(stub, processor, [{}], AnswerOptions(8)))
+    assert ("token_type_ids" in given) == kept
 
 
 def test_a_model_without_images_is_refused(config_of, pico_llama_dir):

@@ -1,9 +1,11 @@
 """Text from a language model, piece by piece as it is written."""
 
+import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from peft import PeftModel
 from transformers import TextIteratorStreamer
 
 from loraloom.training.tasks.base import AnswerOptions
@@ -26,7 +28,10 @@ def generate(model: Any, tokenizer: Any, row: Any, options: AnswerOptions) -> It
         inputs = tokenizer.apply_chat_template(
             row, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
         )
-    inputs = {name: value.to(model.device) for name, value in inputs.items() if name != "token_type_ids"}
+    # Gemma 3 sees by them where an image is; others get them from their tokenizer, and were not trained with them.
+    asked = inspect.signature(model.get_base_model().forward if isinstance(model, PeftModel) else model.forward)
+    takes_types = words is not tokenizer and "token_type_ids" in asked.parameters
+    inputs = {k: value.to(model.device) for k, value in inputs.items() if k != "token_type_ids" or takes_types}
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     skips = not getattr(model.config, "is_encoder_decoder", False)
     streamer = TextIteratorStreamer(words, skip_prompt=skips, skip_special_tokens=True)

@@ -121,14 +121,14 @@ def _messages(value: Any, role: str, number: int, part: str) -> list[dict[str, s
     first = True
     made = []
     for turn in turns or [{}]:
-        content = turn.get("content")
+        content = turn.get("content") if isinstance(turn, dict) and isinstance(turn.get("role"), str) else None
         if isinstance(content, list):  # parts: where an image stands is what the processor decides anyway
             later_image = not first and any(piece.get("type") == "image" for piece in content)
             content = None if later_image else "".join(piece.get("text") or "" for piece in content)
         if not isinstance(content, str):
             raise InputError(
-                f"row {number} of the {part} set: the turn {turn!r} is no text; expected one, with the images in the "
-                "first user message",
+                f"row {number} of the {part} set: the turn {turn!r} is no text; expected a role and a text, with "
+                "the images in the first user message",
                 code="wrong-turn",
             )
         first = first and turn["role"] != "user"
@@ -139,7 +139,9 @@ def _messages(value: Any, role: str, number: int, part: str) -> list[dict[str, s
 def _question(images: list[dict[str, Any]], messages: list[dict[str, str]]) -> list[dict[str, Any]]:
     """What a processor takes: the turns before the first answer, with the images in the first user message."""
     until = next((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), len(messages))
-    pieces = [{"type": "image", "path": one["path"]} for one in images]
+    # The bytes first: of an image that is stored in a data set the path is a name that it once had.
+    opened = datasets.Image()
+    pieces = [{"type": "image", "image": opened.decode_example(one)} for one in images]
     asked: list[dict[str, Any]] = []
     for turn in messages[:until]:
         own = pieces if turn["role"] == "user" else []
