@@ -5,7 +5,7 @@ import json
 import compressed_tensors.compressors as compressors
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -208,15 +208,16 @@ def test_a_merge_is_one_into_the_dequantised_weights(quantized, tmp_path):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_integers_as_compressed_tensors_writes_them(bits, symmetric, tmp_path):
-    args = QuantizationArgs(
-        num_bits=bits, strategy=QuantizationStrategy.GROUP, group_size=GROUP, symmetric=symmetric, type="int"
-    )
+@pytest.mark.parametrize("strategy", ["group", "tensor"])
+def test_packed_integers_as_compressed_tensors_writes_them(bits, symmetric, strategy, tmp_path):
+    size = {"group_size": GROUP} if strategy == "group" else {}
+    args = QuantizationArgs(num_bits=bits, strategy=strategy, symmetric=symmetric, type="int", **size)
     W = torch.randn(24, 64)
-    groups = W.unflatten(1, (-1, GROUP))
+    groups = W.unflatten(1, (-1, GROUP)) if size else W.reshape(1, -1)
     levels, middle = 2**bits - 1, 2 ** (bits - 1)
     if symmetric:
-        scales, zeros = groups.abs().amax(-1) / (middle - 1), torch.zeros(24, 4, dtype=torch.int8)
+        scales = groups.abs().amax(-1) / (middle - 1)
+        zeros = torch.zeros(scales.shape, dtype=torch.int8)
     else:
         scales = (groups.amax(-1) - groups.amin(-1)) / levels
         zeros = ((-groups.amin(-1) / scales).round() - middle).to(torch.int8)
@@ -227,6 +228,11 @@ def test_packed_integers_as_compressed_tensors_writes_them(bits, symmetric, tmp_
     expected = packer.decompress(dict(stored), scheme)["weight"]
     save_file({f"layer.{key}": value.contiguous() for key, value in stored.items()}, tmp_path / "model.safetensors")
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    base = open_base(tmp_path, {"quantization_config": config})
+    torch.testing.assert_close(base.tensor("layer.weight"), expected.float(), rtol=1e-6, atol=0)
+    # Zeros are packed since its pull request 296.
+    stored |= {} if symmetric else {"weight_zero_point": zeros}
+    save_file({f"layer.{key}": value.contiguous() for key, value in stored.items()}, tmp_path / "model.safetensors")
     base = open_base(tmp_path, {"quantization_config": config})
     torch.testing.assert_close(base.tensor("layer.weight"), expected.float(), rtol=1e-6, atol=0)
 
@@ -251,6 +257,10 @@ def test_experts_of_gpt_oss(tmp_path):
         ({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, {}),
         ({"a.weight": torch.zeros(4, 4, dtype=torch.uint8)}, {"quant_method": "hqq"}),
         ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {"quant_method": "gptq"}),
+        (
+            {f"a.{name}": torch.zeros(8, 1, dtype=torch.int32) for name in ("qweight", "qzeros", "scales")},
+            {"quant_method": "awq", "version": "gemv"},
+        ),
     ],
 )
 def test_other_formats_are_refused_by_name(tensors, config, tmp_path):

@@ -49,8 +49,9 @@ class QuantizedCheckpoint(Checkpoint):
         shown = {found.parts[weight][0]: weight for weight, found in self._formats.items()}
         hidden = {part for weight, found in self._formats.items() for part in found.parts[weight]} - shown.keys()
         hidden |= {key for key in stored if self._formats and key.rpartition(".")[2] in _ACTIVATIONS}
+        known = shown.keys() | hidden
         for key in stored:
-            if key not in shown.keys() | hidden and _is_coded(stored, key):
+            if key not in known and _is_coded(stored, key):
                 method = f"{self.method} {config.get('format', '')}".strip()
                 raise InputError(
                     f"{path} is quantised by {method}: {key} is stored as {stored.dtype(key)} in a format that is not "

@@ -56,6 +56,10 @@ class Awq(_Transposed):
 
     name = "awq"
 
+    def find(self) -> dict[str, list[str]]:
+        # The other versions of AutoAWQ pack otherwise under the same names.
+        return super().find() if str(self.config.get("version", "gemm")).lower() == "gemm" else {}
+
     def shape(self, weight: str) -> tuple[int, ...]:
         inputs, words = self.stored.shape(self.parts[weight][0])
         return words * 32 // self.bits, inputs
@@ -97,10 +101,13 @@ class PackedIntegers(WholeFormat):
         more = {key.rpartition("_")[2]: self.stored.tensor(key) for key in self.parts[weight][3:]}
         middle = 2 ** (bits - 1)  # codes are stored as if they were unsigned
         values = unpacked(codes, bits)[:, :inputs] - middle
-        if "point" in more:
-            zeros = unpacked(more["point"].T, bits).T[:out] - middle
-        else:
+        if "point" not in more:
             zeros = torch.zeros(scales.shape, dtype=torch.int32)
+        elif more["point"].dtype is torch.int32:
+            zeros = unpacked(more["point"].T, bits).T[:out] - middle
+        else:  # not packed: one for the whole weight, or an older file
+            zeros = more["point"].int()
+        zeros, scales = (part.reshape(-1, 1) if part.dim() < 2 else part for part in (zeros, scales))
         group = more["idx"].long() if "idx" in more else torch.arange(inputs) // -(-inputs // scales.shape[1])
         return (values - zeros[:, group]) * scales.float()[:, group]
 
