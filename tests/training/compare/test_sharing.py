@@ -17,7 +17,7 @@ from .support import Launcher
 
 SMI = """#!/bin/sh
 case "$1" in
-  --query-gpu=index,uuid) printf '0, GPU-a\\n1, GPU-b\\n2, GPU-c\\n' ;;
+  --query-gpu=uuid) printf 'GPU-a\\nGPU-b\\nGPU-c\\n' ;;
   --query-compute-apps=gpu_uuid) printf '{busy}' ;;
 esac
 """
@@ -54,10 +54,10 @@ def smi(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("busy", "named", "expected"),
     [
-        ("", None, ["0", "1", "2"]),
-        ("GPU-b\\n", None, ["0", "2"]),
-        ("GPU-b\\nGPU-b\\nGPU-a\\n", None, ["2"]),
-        ("GPU-a\\nGPU-b\\nGPU-c\\n", None, ["0", "1", "2"]),  # then they are shared
+        ("", None, ["GPU-a", "GPU-b", "GPU-c"]),
+        ("GPU-b\\n", None, ["GPU-a", "GPU-c"]),
+        ("GPU-b\\nGPU-b\\nGPU-a\\n", None, ["GPU-c"]),
+        ("GPU-a\\nGPU-b\\nGPU-c\\n", None, ["GPU-a", "GPU-b", "GPU-c"]),  # then they are shared
         ("GPU-a\\n", "0, GPU-c", ["0", "GPU-c"]),  # whoever names them knows better
         ("", "", []),
     ],

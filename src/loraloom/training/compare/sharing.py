@@ -44,14 +44,16 @@ def in_use(folder: Path) -> bool:
 
 
 def free_gpus() -> list[str]:
-    """The GPUs to use, as `CUDA_VISIBLE_DEVICES` names them: those that it lists, else those without a process."""
+    """The GPUs to use, as `CUDA_VISIBLE_DEVICES` names them: those that it lists, else those without a process.
+
+    By UUID: nvidia-smi counts them by their places on the bus, CUDA by their speeds.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
-    every = _nvidia_smi("--query-gpu=index,uuid")
+    every = [row[0] for row in _nvidia_smi("--query-gpu=uuid")]
     busy = {row[0] for row in _nvidia_smi("--query-compute-apps=gpu_uuid")}
-    free = [index for index, uuid in every if uuid not in busy]
-    return free or [index for index, _ in every]
+    return [uuid for uuid in every if uuid not in busy] or every
 
 
 def least_busy(devices: Sequence[str], taken: Iterable[str | None]) -> str | None:
