@@ -128,6 +128,17 @@ def test_inspect_merge_and_export(adapter, base, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
 
 
+def test_a_layers_weight_is_exported_as_that_layer(tmp_path):
+    """PEFT refuses a layer that is named both among the modules and among the parameters."""
+    torch.manual_seed(0)
+    mixtral().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=[EXPERTS[0], "q_proj.weight"])
+    model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config, tmp_path / "adapter")
+    export_adapter(tmp_path / "adapter", "peft", tmp_path / "exported")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "exported")
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
+
+
 def test_intruders_of_experts_are_those_of_their_matrices(adapter, base, tmp_path):
     folder, _ = adapter
     report = find_stored_intruders(folder, base, top_k=4)

@@ -271,6 +271,7 @@ class ExportPlan:
         config = self.adapter.config
         modules = self.adapter.modules
         experts = {name: expert.parameter for name in self.factors if (expert := modules[name].expert) is not None}
+        named = config.get("target_parameters") or []  # a layer's weight is written as that layer
         ranks = {experts.get(module, module): A.shape[0] for module, (A, _) in self.factors.items()}
         r = Counter(ranks.values()).most_common(1)[0][0]
         pattern = {module: rank for module, rank in ranks.items() if rank != r}
@@ -286,7 +287,8 @@ class ExportPlan:
             "lora_alpha": r,
             "lora_dropout": 0.0,
             "target_modules": [*(name for name in self.factors if name not in experts), *self.completed],
-            "target_parameters": config.get("target_parameters") if experts else None,
+            "target_parameters": [name for name in named if any(f".{p}".endswith(f".{name}") for p in experts.values())]
+            or None,
             "bias": "lora_only" if bias == "loom_only" else bias,
             "use_rslora": False,
             "use_dora": self.target == "peft" and "use_dora" in features(self.adapter),
