@@ -34,17 +34,21 @@ def set_of(text):
 
 
 @pytest.mark.parametrize("until", ["first", "all"])
+@pytest.mark.parametrize("limit", [None, 400])
 @pytest.mark.parametrize(("sizes", "shares"), [((4000, 4000), (0.3,)), ((3000, 500, 900), (0.2, 0.35))])
-def test_sets_are_mixed_by_their_shares(tmp_path, sizes, shares, until):
+def test_sets_are_mixed_by_their_shares(tmp_path, sizes, shares, until, limit):
     """A count of n draws with share p has the standard deviation sqrt(n p (1 - p)); four of them are allowed."""
-    data, paths = mix_of(tmp_path, sizes, shares, mix_until=until)
+    data, paths = mix_of(tmp_path, sizes, shares, mix_until=until, max_train=limit)
     found = data.train["text"][:]
+    assert limit is None or len(found) == limit
     assert data.sources == {path: sum(set_of(text) == i for text in found) for i, path in enumerate(paths)}
     for path, share in zip(paths, (1 - sum(shares), *shares), strict=True):
+        if limit and until == "all":
+            break  # a row that came three times is kept three times or not at all
         assert abs(data.sources[path] - len(found) * share) < 4 * (len(found) * share * (1 - share)) ** 0.5
     if until == "first":
         assert len(set(found)) == len(found)
-    else:
+    elif not limit:
         assert len(set(found)) == sum(sizes) - len(data.test) - len(data.validation)
 
 

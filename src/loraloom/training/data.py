@@ -6,6 +6,8 @@ row: a row keeps its side when others are added, and equal rows are never on two
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -55,10 +57,14 @@ def load_data(section: DataSection, task: TaskName) -> RunData:
     if validation is None and section.validation_fraction:
         rest, validation = _divide(train, section.validation_fraction, salt="validation")
         train, validation = (rest, validation) if len(rest) else (train, None)
-    counts: dict[str, int] = {}
+    source_of: list[int] = []
     if more is not None:
-        train, counts = _mixed(section, train, more, {path: len(one) for path, one in others.items()}, validation, test)
-    train, test = _subsample(train, section.max_train), _subsample(test, section.max_test)
+        train, source_of = _mixed(
+            section, train, more, {path: len(one) for path, one in others.items()}, validation, test
+        )
+    kept = _kept(train, section.max_train)
+    counts = Counter(source_of[i] for i in kept if source_of)
+    train, test = train.select(kept), _subsample(test, section.max_test)
     validation = None if validation is None or not len(validation) else _subsample(validation, section.max_test)
     for part, name in ((train, "train"), (test, "test")):
         if not len(part):
@@ -67,15 +73,16 @@ def load_data(section: DataSection, task: TaskName) -> RunData:
                 code="empty-set",
             )
     ignored = tuple(name for name in columns if name not in rows.read)
-    data = RunData(train, test, rows.label_names, validation, ignored, counts)
+    sources = {path: counts[i] for i, path in enumerate((section.path, *others)) if counts}
+    data = RunData(train, test, rows.label_names, validation, ignored, sources)
     kind.check(section, data)
     return data
 
 
 def _mixed(
     section: DataSection, own: Dataset, more: Dataset, sizes: dict[str, int], *held_out: Dataset | None
-) -> tuple[Dataset, dict[str, int]]:
-    """The training rows of `data.path` with those of `data.mix`, and how many come from each."""
+) -> tuple[Dataset, list[int]]:
+    """The training rows of `data.path` with those of `data.mix`, and the number of the set that each is from."""
     held = {row_hash(row) for rows in held_out if rows is not None for row in rows}
     sets, start = [own], 0
     for size in sizes.values():
@@ -85,8 +92,7 @@ def _mixed(
         if not len(rows):
             raise InputError(f"data.mix: no row of {path!r} is left to train on", code="empty-set")
     shares = [float(share) for share in section.mix.values()]
-    train, counts = mixed(sets, [1 - sum(shares), *shares], section.mix_until)
-    return train, dict(zip((section.path, *sizes), counts, strict=True))
+    return mixed(sets, [1 - sum(shares), *shares], section.mix_until)
 
 
 def row_hash(row: dict[str, Any]) -> int:
@@ -120,7 +126,12 @@ def _divide(rows: Dataset, share: float, salt: str = "") -> tuple[Dataset, Datas
 
 def _subsample(rows: Dataset, limit: int | None) -> Dataset:
     """The `limit` rows with the smallest hashes, in their old order."""
+    return rows.select(_kept(rows, limit))
+
+
+def _kept(rows: Dataset, limit: int | None) -> Sequence[int]:
+    """Which these rows are."""
     if limit is None or limit >= len(rows):
-        return rows
+        return range(len(rows))
     hashes = [row_hash(row) for row in rows]
-    return rows.select(sorted(sorted(range(len(rows)), key=hashes.__getitem__)[:limit]))
+    return sorted(sorted(range(len(rows)), key=hashes.__getitem__)[:limit])

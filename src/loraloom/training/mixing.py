@@ -1,5 +1,6 @@
 """Several training sets as one: `data.path` with the sets of `data.mix`, each with its share of the rows."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def mixed(sets: Sequence[Dataset], shares: Sequence[float], until: str) -> tuple
             has come, and shorter sets begin anew.
 
     Returns:
-        The rows, and how many of each set there are.
+        The rows, and for each the number of its set.
     """
     starts = [sum(map(len, sets[:i])) for i in range(len(sets))]
     numbered = [
@@ -76,5 +77,4 @@ def mixed(sets: Sequence[Dataset], shares: Sequence[float], until: str) -> tuple
     ]
     strategy: Any = STRATEGIES[until]
     order = interleave_datasets(numbered, probabilities=list(shares), seed=SEED, stopping_strategy=strategy)["row"][:]
-    counts = [sum(start <= row < start + len(rows) for row in order) for start, rows in zip(starts, sets, strict=True)]
-    return concatenate_datasets(list(sets)).select(order), counts
+    return concatenate_datasets(list(sets)).select(order), [bisect_right(starts, row) - 1 for row in order]
