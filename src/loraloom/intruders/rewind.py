@@ -81,7 +81,7 @@ def rewound_copy(module: AdaptedModule, t: float) -> Parts:
 
 
 def _factors(W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """``t c / c_t`` and ``c_t`` of each row (out,); a row whose c_t is 0 stays the base's where t c is 0 too."""
+    """``t c / c_t``, or 0 where c_t is 0, and ``c_t`` of each row (out,); such a row becomes 0 by its magnitude."""
     c = row_scale(magnitude.float(), row_norms(W, A, B))
     c_t = 1 - t + t * c
     return torch.where(c_t == 0, 0.0, t * c / c_t), c_t

@@ -57,4 +57,4 @@ def ranks_for_run(config: RunConfig, batches: int = 8, *, progress: Progress = s
     try:
         return suggest_ranks(trainer.model, inputs(), loss=loss, progress=progress, **options)
     except ValueError as error:
-        raise InputError(str(error), code=getattr(error, "code", "")) from error
+        raise InputError(str(error), code=getattr(error, "code", "ranks")) from error
