@@ -279,3 +279,22 @@ def test_scales_that_do_not_fit(tmp_path):
     with pytest.raises(InputError) as caught:
         base.tensor(next(key for key in exact if key.endswith("proj.weight")))
     assert caught.value.code == "quantized"
+
+
+def test_parts_that_do_not_fit_together(quantized):
+    """Every part of a weight cut in each dimension: the weight is read as it was, or refused in one line."""
+    folder, _ = quantized
+    path, weight = folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(path)
+    parts = [key for key in tensors if key.startswith(weight.removesuffix("weight"))]
+    codes = set()
+    for part in parts:
+        for dim in range(tensors[part].dim()):
+            cut = tensors[part].narrow(dim, 0, tensors[part].shape[dim] // 2).contiguous()
+            save_file(tensors | {part: cut}, path, {"format": "pt"})
+            base = open_base(folder, read_config(folder))
+            try:  # a cut may leave enough, for a smaller weight, which no adapter of the model fits
+                base.tensor(weight)
+            except InputError as error:
+                codes.add((error.code, "\n" in str(error)))
+    assert codes <= {("quantized", False)}

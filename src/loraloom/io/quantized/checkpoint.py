@@ -1,6 +1,7 @@
 """A quantised checkpoint that shows its weights as bfloat16 and reads them as float32, whatever their format."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ class QuantizedCheckpoint(Checkpoint):
         return bool(self._formats)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._formats[key].shape(key) if key in self._formats else super().shape(key)
+        if key not in self._formats:
+            return super().shape(key)
+        with self._broken_weights_named(key):
+            return self._formats[key].shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
         return torch.bfloat16 if key in self._formats else super().dtype(key)
@@ -81,7 +85,26 @@ class QuantizedCheckpoint(Checkpoint):
         return sum(found.stored.nbytes(part) for part in found.parts[key])
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        return self._formats[key].rows(key, start, stop) if key in self._formats else super().rows(key, start, stop)
+        if key not in self._formats:
+            return super().rows(key, start, stop)
+        with self._broken_weights_named(key):
+            found = self._formats[key].rows(key, start, stop)
+            if found.shape[1:] != self.shape(key)[1:]:
+                raise ValueError(f"its parts make {list(found.shape)} of {list(self.shape(key))}")
+            return found
+
+    @contextmanager
+    def _broken_weights_named(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{self.path}: {key} cannot be dequantised, its codes and scales do not fit together ({error}): "
+                "download the base model again",
+                code="quantized",
+            ) from None
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
