@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.processes import command_on_ranks
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 COMMAND = [sys.executable, "-m", "loraloom.cli.main", "train"]
 
@@ -52,7 +54,7 @@ def test_nproc_within_torchrun_is_refused(run_yaml):
 
 def test_a_killed_process_ends_the_run_and_it_resumes(run_yaml, tmp_path):
     """kill -9 of one of two processes; what is resumed on two has the weights of the uninterrupted run on two."""
-    assert loraloom(run_yaml, "--nproc", 2, "--quiet", "--output.dir", tmp_path / "whole").returncode == 0
+    command_on_ranks("train", run_yaml, "--quiet", "--output.dir", tmp_path / "whole")
     process = subprocess.Popen([*COMMAND, str(run_yaml), "--nproc", "2", "--quiet"], env=ENVIRONMENT)
     deadline = time.monotonic() + 200
     while not list((tmp_path / "run").glob("checkpoints/*/complete.json")) and time.monotonic() < deadline:
@@ -63,7 +65,7 @@ def test_a_killed_process_ends_the_run_and_it_resumes(run_yaml, tmp_path):
     victim.kill()
     assert process.wait(timeout=90) == 1
     assert not (tmp_path / "run" / "metrics.json").exists()
-    assert loraloom(run_yaml, "--nproc", 2, "--quiet", "--resume").returncode == 0
+    command_on_ranks("train", run_yaml, "--quiet", "--resume")
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
     assert one.keys() == other.keys()
     for name, tensor in one.items():

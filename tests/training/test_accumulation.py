@@ -1,21 +1,15 @@
-"""A step is a step: with 16 rows at once, 4 times 4, or two processes, gradients, loss and weights are the same."""
+"""A step is a step: with 16 rows at once, or 4 times 4, gradients and loss are the same; test_processes.py goes on."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from loraloom.training import fit
-from loraloom.training.load import dump_config
 
-from .support import elsewhere, weights, with_method, with_training
+from .support import elsewhere, with_method, with_training
 
-ROOT = Path(__file__).parents[2]
 WAYS = {"4x4": (4, 4), "8x2": (8, 2)}
 
 
@@ -78,56 +72,6 @@ def test_accumulation_changes_nothing(request, monkeypatch, tmp_path, kind, way)
         torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
     assert same_losses == pytest.approx(losses, rel=1e-5)
     assert parts.after == pytest.approx(whole.after, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["classification", "causal"])
-def test_two_processes_change_nothing(request, tmp_path, kind):
-    """Through the command line: two gloo processes with 8 rows each, and one process with 16."""
-    config = without_dropout(request.getfixturevalue(kind))
-    config.model.dtype = "float32"
-    runs = {"one": (1, 16), "two": (2, 8)}
-    config_of = {}
-    for name, (processes, rows) in runs.items():
-        own = in_steps_of_16(elsewhere(config, tmp_path / name), rows, 1, train_sampling_strategy="random")
-        own.training.pop("use_cpu")
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(dump_config(_without_model_dropout(own, tmp_path)))
-        command = [sys.executable, "-m", "loraloom.cli.main", "train", str(file), "--quiet"]
-        if processes > 1:
-            command += ["--nproc", str(processes)]
-        outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=_environment())
-        assert outcome.returncode == 0, outcome.stderr
-        config_of[name] = tmp_path / name
-    read = {name: json.loads((folder / "metrics.json").read_text()) for name, folder in config_of.items()}
-    histories = {
-        name: json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        for name, folder in config_of.items()
-    }
-    losses = {name: [entry["loss"] for entry in history if "loss" in entry] for name, history in histories.items()}
-    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
-    for when in ("before", "after"):
-        assert read["two"][when] == pytest.approx(read["one"][when], rel=1e-3), when
-    one, two = (weights(folder) for folder in config_of.values())
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-4)
-
-
-def _without_model_dropout(config, tmp_path):
-    """The run on a copy of its model whose configuration has no dropout."""
-    import dataclasses
-    import shutil
-
-    folder = tmp_path / "model"
-    if not folder.exists():
-        shutil.copytree(config.model.name, folder)
-        path = folder / "config.json"
-        keys = {key: 0.0 for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")}
-        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(folder)))
-
-
-def _environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_processes_that_would_train_alone_are_an_error(classification, monkeypatch):

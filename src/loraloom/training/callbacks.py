@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraloom.errors import RunFailedError
@@ -50,7 +51,7 @@ class SanityCallback(TrainerCallback):
     ) -> None:
         if self.saw_gradient or state.global_step - self.first_step >= self.steps:
             return
-        gradients = [p.grad for p in self.watched if p.grad is not None]
+        gradients = [_local(p.grad) for p in self.watched if p.grad is not None]
         self.saw_gradient = any(bool(gradient.any()) for gradient in gradients)
 
     def on_step_end(
@@ -58,6 +59,8 @@ class SanityCallback(TrainerCallback):
     ) -> None:
         steps = min(self.steps, state.max_steps - self.first_step)
         if state.global_step - self.first_step != steps:
+            return
+        if not len(self.norms):
             return
         if not self.saw_gradient:
             raise RunFailedError(
@@ -91,7 +94,14 @@ class SanityCallback(TrainerCallback):
                 )
 
     def _norms(self) -> torch.Tensor:
-        return torch.stack([p.detach().double().norm().cpu() for p in self.watched])
+        """Of what this process has of each weight that is watched; (0,) where it has nothing."""
+        norms = [_local(p.detach()).double().norm().cpu() for p in self.watched if _local(p).numel()]
+        return torch.stack(norms) if norms else torch.empty(0)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's share of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class InterruptCallback(TrainerCallback):

@@ -105,9 +105,10 @@ def _train(config: RunConfig, resume: bool, console: Console, command: str) -> R
     callbacks = [SanityCallback(watched), speed, interrupt, display]
     trainer = build_trainer(setup, arguments, model, callbacks)
     _check_sharding(trainer, config)
-    if trains and not trainer.is_fsdp_enabled:  # there it can be made only from the sharded model
+    if trains:
         optimizer = trainer.create_optimizer()  # now, so that a mistake costs no evaluation
         show_optimizer(model, optimizer, console)
+        cast(ExactTrainer, trainer).shard()
     selection = select_in(trainer, config) if config.method.name in METHODS_WITH_SELECTION else None
 
     def start() -> None:
@@ -209,6 +210,8 @@ class StartCallback(TrainerCallback):
 def _check_sharding(trainer: Trainer, config: RunConfig) -> None:
     if not trainer.is_fsdp_enabled:
         return
+    if getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+        raise InputError("FSDP of version 1 shards no adapters of ours: set the version to 2", code="fsdp")
     if config.method.name == COMPOSITION:
         raise InputError(
             f"method.name {COMPOSITION!r} makes one LoRA of whole layers, FSDP shards them: use DDP", code="fsdp"

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, SFTTrainer
@@ -56,7 +57,7 @@ class ExactTrainer(Trainer):
 
         Else a checkpoint that Ctrl-C saves before an evaluation was due would go on with other dropout masks.
         """
-        with torch.random.fork_rng(devices=[]):
+        with self._aside():
             return super().evaluate(*args, **kwargs)
 
     def forget_preparation(self) -> None:
@@ -65,14 +66,38 @@ class ExactTrainer(Trainer):
         An evaluation marks the model as prepared by accelerate, and a prepared model is not wrapped again: without this
         DDP would be left out, and each process would train on its own.
         """
+        model: Any = self.model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # they are prepared for evaluation and training at once
             return
-        model: Any = self.model
         self.accelerator._models.clear()
         self.model_wrapped = model
         model._is_accelerate_prepared = False
         if (forward := model.__dict__.pop("_original_forward", None)) is not None:  # of mixed precision
             model.forward = forward
+
+    def shard(self) -> None:
+        """Shard model and optimizer, if FSDP is to: it takes them together, and an evaluation alone would not.
+
+        Call it before the first evaluation, when the optimizer is made.
+        """
+        if not self.is_fsdp_enabled:
+            return
+        prepare = self.accelerator.prepare
+        sharded = prepare(self.model, self.optimizer)
+        self.model, self.optimizer = sharded
+        self.model_wrapped = self.model
+
+        accelerator: Any = self.accelerator
+
+        def once(*objects: Any, **options: Any) -> Any:
+            """Training prepares them again, and Accelerate would mix up the parameters whose shard here is empty."""
+            if len(objects) != 2 or any(a is not b for a, b in zip(objects, sharded, strict=True)):
+                return prepare(*objects, **options)
+            accelerator._models.append(self.model)  # training has begun by forgetting both
+            accelerator._optimizers.append(self.optimizer)
+            return sharded
+
+        accelerator.prepare = once
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As the Trainer's.
@@ -90,8 +115,17 @@ class ExactTrainer(Trainer):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As `evaluate`, with the predictions."""
-        with torch.random.fork_rng(devices=[]):
+        with self._aside():
             return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """An evaluation that leaves no trace in the random state, and no weights whole that FSDP shards."""
+        with torch.random.fork_rng(devices=[]):
+            yield
+        for module in cast(torch.nn.Module, self.model).modules() if self.is_fsdp_enabled else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with every row: `dataloader_drop_last` is about training."""
