@@ -1,6 +1,7 @@
 """Ranks from gradients: against dense gradients and their SVDs, and as adapters that PEFT makes of them."""
 
 import itertools
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from loraloom import LoomConfig, suggest_ranks
 from loraloom.errors import InputError
+from loraloom.ranks.ranks import RankReport
 from tests.models import gpt2, llama
 
 
@@ -79,6 +81,16 @@ def test_peft_makes_these_ranks_with_one_scale(config, rank):
     assert ranks == {name: rank for name, rank in report.ranks.items() if rank}
     assert report.parameters <= report.budget
     assert max(ranks.values()) <= 4 * rank
+
+
+def test_a_name_that_ends_in_another_keeps_its_own_rank():
+    """`body.0` ends in `0`, so the pattern of `0` would match it as well."""
+    ranks = {"body.0": 2, "0": 5, "1": 2, "2": 2}
+    report = RankReport(ranks, dict.fromkeys(ranks, 1.0), dict.fromkeys(ranks, 1.0), 1, 1, 1, 1.0)
+    layers = {name: nn.Linear(6, 6) for name in "012"}
+    model = nn.Sequential(OrderedDict(body=nn.Sequential(nn.Linear(6, 6)), **layers))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**report.config())).base_model.model
+    assert {name: adapted.get_submodule(name).r["default"] for name in ranks} == ranks
 
 
 def test_a_layer_without_a_gradient_is_no_target():

@@ -65,7 +65,11 @@ class RankReport:
         r = Counter(ranks.values()).most_common(1)[0][0]
         # Longest first: a pattern also matches names that end in it.
         longest = sorted(ranks, key=len, reverse=True)
-        pattern = {name: ranks[name] for name in longest if ranks[name] != r}
+        pattern = {}
+        for name in longest:
+            shadowed = any(ranks[other] != r for other in ranks if name.endswith(f".{other}"))
+            if ranks[name] != r or shadowed:
+                pattern[name] = ranks[name]
         return {
             "r": r,
             "lora_alpha": SCALE * r,
