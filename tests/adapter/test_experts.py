@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from loraloom import LoomConfig
+from loraloom.adapter.experts import wrapped_parameters
 from loraloom.adapter.inspect import inspect_adapter
 from loraloom.adapter.open import open_stored
 from loraloom.composition.compose import compose
@@ -18,6 +19,7 @@ from loraloom.intruders.stored import find_stored_intruders, reduce_stored_intru
 from loraloom.merge.merge import merge_checkpoint
 from tests.adapter.support import logits, same_logits, trained
 from tests.models import mixtral
+from tests.refusals import coded
 
 # PEFT honours a pattern for a parameter, and warns all the same: it looks among the modules alone.
 pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
@@ -191,6 +193,13 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(InputError) as caught:
         open_stored(folder, tmp_path / "other")
     assert caught.value.code == "shape"
+
+
+def test_parameters_whose_order_the_file_does_not_tell_are_refused():
+    config = {"target_parameters": ["mlp.wide", "mlp.tall"]}
+    with pytest.raises(InputError, check=coded("experts", "wide", "tall")):
+        wrapped_parameters(config, ["mlp.base_layer", "mlp"], "adapter")
+    assert wrapped_parameters({"target_parameters": ["mlp.wide"]}, ["mlp"], "adapter") == {"mlp": "mlp.wide"}
 
 
 def test_a_base_that_quantises_its_experts(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import ArrowConfig, LoraConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
+from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
@@ -164,3 +165,10 @@ def test_a_folder_says_what_it_needs(tmp_path):
     code = "import sys, peft; peft.PeftConfig.from_pretrained(sys.argv[1])"
     run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
     assert "KeyError: 'LOOM'" in run.stderr
+
+
+def test_groups_from_a_generator_reach_lora_fa():
+    model = get_peft_model(Pair(), LoraConfig(r=2, **TARGETS))
+    groups = create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-2).param_groups
+    again = LoraFAOptimizer({key: group[key] for key in ("params", "names", "scaling_factor")} for group in groups)
+    assert [len(group["params"]) for group in again.param_groups] == [len(group["params"]) for group in groups]

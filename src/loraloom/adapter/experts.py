@@ -92,7 +92,14 @@ def wrapped_parameters(config: Mapping[str, Any], modules: Iterable[str], where:
         names = [name for name in last if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
         if not names:
             continue
-        names.sort(key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+        unknown = sorted(set(names) - set(_ORDER))
+        if unknown and len(names) > 1:
+            raise InputError(
+                f"{where}: {module} has the factors of several parameters, and the order of {', '.join(unknown)} among "
+                "them is not in the file: save an adapter for each",
+                code="experts",
+            )
+        names.sort(key=lambda name: _ORDER.index(name) if name in _ORDER else 0)
         wrappers.sort(key=len, reverse=True)  # the innermost has the most base_layers in its name
         if len(names) != len(wrappers):
             raise InputError(

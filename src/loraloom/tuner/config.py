@@ -180,11 +180,12 @@ class LoomConfig(PeftConfig):
         mapping = kwargs.pop("auto_mapping_dict", None) or self.auto_mapping
         if mapping or self.task_type:  # without either, PEFT's AutoPeftModel says that it has nothing to go by
             kwargs["auto_mapping_dict"] = (mapping or {}) | {"requires": _REQUIRES}
-        super().save_pretrained(save_directory, **kwargs)
         readme = Path(save_directory, "README.md")
         text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-        if "import loraloom" not in text:
+        if "import loraloom" not in text and not Path(save_directory).is_file():  # that is PEFT's to refuse
+            readme.parent.mkdir(parents=True, exist_ok=True)
             readme.write_text(f"{text.rstrip()}\n\n{_NOTE}\n".lstrip(), encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)  # last: with push_to_hub it uploads the folder
 
     def _check_types(self) -> None:
         """Raises InputError for a value of another type than the field's; a file may hold anything."""

@@ -53,7 +53,8 @@ def _check_diffusers_file(_: Any, state_dict: Iterable[str], **__: Any) -> None:
 
 
 def _check_lorafa(_: Any, params: Iterable, **__: Any) -> None:
-    groups = [group for group in params if isinstance(group, dict)]
+    listed = params if isinstance(params, list | tuple) else ()  # to look into a generator would empty it
+    groups = [group for group in listed if isinstance(group, dict)]
     if any(f".{PREFIX}" in name for group in groups for name in group.get("names", ())):
         raise InputError(
             "create_lorafa_optimizer pairs A and B by LoRA's names, which a loraloom adapter does not have: train with "

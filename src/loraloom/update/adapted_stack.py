@@ -15,7 +15,6 @@ from torch import Tensor
 from loraloom.errors import InputError
 
 _PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
-_PRODUCTS.add(Tensor.__rmatmul__)
 _GROUPED = {function for function in (getattr(torch, "_grouped_mm", None),) if function is not None}
 _LIKE_W = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "size", "dim", "numel"}
 _LIKE_W |= {"element_size", "is_floating_point", "data_ptr"}

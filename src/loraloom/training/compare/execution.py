@@ -153,7 +153,12 @@ class Executor:
     def _start(self, run: Run, lock: filelock.BaseFileLock) -> None:
         device = least_busy(self.devices, [active.device for active in self.active.values()])
         environment = self.environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        self.active[run.folder] = Active(run, self.launch(run, environment), time.monotonic(), device, lock)
+        try:
+            process = self.launch(run, environment)
+        except BaseException:
+            lock.release()
+            raise
+        self.active[run.folder] = Active(run, process, time.monotonic(), device, lock)
         self._describe()
 
     def _collect(self) -> list[Run]:
@@ -165,8 +170,8 @@ class Executor:
                 continue
             del self.active[folder]
             run = active.run
-            result = finished(run) if code == 0 else None
-            taken = code == WRONG_INPUT and in_use(folder)
+            result = finished(run)  # whatever the code: a run that was left behind may have ended meanwhile
+            taken = result is None and code == WRONG_INPUT and in_use(folder)
             active.claim.release()
             if taken:
                 again.append(run)
