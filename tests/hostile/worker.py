@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import types
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def add_library_verbs(verbs: dict[str, str]) -> None:
         exec(code, {"os": os, "exit": sys.exit, "InputError": InputError})
 
     functions = {"open": open_stored, "load": load, "compose": compose, "python": python}
+    coded: dict[str, Any] = {} if InputError.__init__ is ValueError.__init__ else {"code": "library"}
+    if find_spec("loraloom.adapter") is None:  # another version's code: `open_adapter` is not there
+        del functions["open"]
     for name, function in functions.items():
 
         def run(arguments: list[str], function: Any = function) -> None:
@@ -90,7 +94,7 @@ def add_library_verbs(verbs: dict[str, str]) -> None:
             except Exception as error:
                 if function is python or isinstance(error, InputError) or not wanted(error):
                     raise
-                raise InputError(" ".join(str(error).split()), code="library") from error
+                raise InputError(" ".join(str(error).split()), **coded) from error
 
         module = types.ModuleType(f"loraloom.cli.hostile_{name}")
         module.main = run  # type: ignore[attr-defined]
