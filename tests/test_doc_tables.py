@@ -31,6 +31,7 @@ NOT_MEASURED = {
     ("optimizers.md", "option"): "options, generated",
     ("report.md", "key"): "a file format",
     ("serving.md", "the adapter has"): "adapter/serving.yaml, of the servers' own loaders",
+    ("serving.md", "kind"): "made by scripts/servers.py, which runs the servers' own loaders",
     ("train.md", "task"): "examples of rows",
     ("weightlora.md", "reference"): "what the reference code does",
 }
