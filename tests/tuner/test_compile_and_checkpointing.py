@@ -134,4 +134,5 @@ def test_the_output_can_be_changed_in_place(dora, dropout):
         model.zero_grad()
         relu(model(x)).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for gradient, changed in zip(*grads, strict=True):  # DoRA's z is computed again where y has been changed
+        assert_near(changed, gradient)
