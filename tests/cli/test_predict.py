@@ -98,6 +98,6 @@ def test_recipes_are_listed_and_copied(tmp_path, capsys, monkeypatch):
 def test_a_recipe_names_its_source_and_is_a_run(name):
     text = recipes()[name]
     assert title(text)
-    assert "# Source: arXiv" in text
+    assert "# Experiment: arXiv" in text
     assert "Ours:" in text
     build_config(yaml.safe_load(text))

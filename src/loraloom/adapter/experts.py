@@ -80,7 +80,8 @@ def wrapped_parameters(config: Mapping[str, Any], modules: Iterable[str], where:
     """Which parameter the factors of a module are of, by the module's name in the file; ordinary modules are left out.
 
     Raises:
-        InputError: a file has more or fewer factors than ``target_parameters`` names ("experts").
+        InputError: a file has more or fewer factors than ``target_parameters`` names, or its order does not tell which
+            factors are whose ("experts").
     """
     targets = config.get("target_parameters") or []
     levels: dict[str, list[str]] = {}
@@ -108,6 +109,9 @@ def wrapped_parameters(config: Mapping[str, Any], modules: Iterable[str], where:
                 code="experts",
             )
         found |= {wrapper: f"{module}.{name}" for wrapper, name in zip(wrappers, names, strict=True)}
+    for target in targets:
+        if not any(f".{parameter}".endswith(f".{target}") for parameter in found.values()):
+            raise InputError(f"{where}: target_parameters names {target!r}, which has no factors there", code="experts")
     return found
 
 

@@ -58,7 +58,7 @@ def _check_lorafa(_: Any, params: Iterable, **__: Any) -> None:
     if any(f".{PREFIX}" in name for group in groups for name in group.get("names", ())):
         raise InputError(
             "create_lorafa_optimizer pairs A and B by LoRA's names, which a loraloom adapter does not have: train with "
-            "peft.LoraConfig, or freeze the parameters with 'lora_A' in their name and use another optimizer.",
+            "peft.LoraConfig, or freeze every A and use another optimizer.",
             code="lora-fa",
         )
 

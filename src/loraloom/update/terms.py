@@ -90,7 +90,8 @@ def _stack(terms: Sequence[Term]) -> Term:
 
 def stack_plain(As: list[Tensor], Bs: list[Tensor], scalings: Sequence[float]) -> Term:
     """:func:`stack` for terms without mixers and gates."""
-    A, B, ranks = _stack_factors(As, Bs)
+    with without_autocast(As[0].device.type):
+        A, B, ranks = _stack_factors(As, Bs)
     if all(s == scalings[0] for s in scalings):
         return Term(A, B, None, None, scalings[0])
     return Term(A, B, None, _per_row(tuple(scalings), ranks, A))
