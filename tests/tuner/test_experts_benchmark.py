@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_tiny_run(tmp_path):
     arguments = ["--tiny", "--rounds", "1", "--out", str(tmp_path / "rows.json")]
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.experts", *arguments]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from loraloom import LoomConfig
@@ -132,6 +133,15 @@ def test_a_wrong_shape_is_an_error_that_names_it(saved):
     edit_tensors(saved, lambda state: state.update({A_KEY: torch.zeros(3, 6)}))
     with pytest.raises((ValueError, RuntimeError), check=coded("rank", "target.loom_lora_A")):
         load(saved)
+
+
+def test_what_does_not_fit_stays_out_where_that_is_asked_for(saved):
+    edit_tensors(saved, lambda state: state.update({A_KEY: torch.zeros(3, 6)}))
+    with pytest.warns(UserWarning, match="loom_lora_A"):
+        model = PeftModel.from_pretrained(make_base("linear"), saved, ignore_mismatched_sizes=True)
+    state, kept = load_file(saved / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    assert kept[A_KEY].shape != state.pop(A_KEY).shape
+    assert all(torch.equal(kept[key], value) for key, value in state.items())
 
 
 def test_the_wrong_base_is_an_error(saved):

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["gpu", pytest.param("whole_model", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpu", "whole_model"])
 def test_a_tiny_run_has_a_row_for_every_contender(name, tmp_path):
     arguments = ["--tiny", "--out", str(tmp_path / "rows.json"), *(["--rounds", "1"] if name == "whole_model" else [])]
     command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *arguments]

@@ -17,7 +17,7 @@ from loraloom.tuner.config import FORMAT_VERSION, LoomConfig
 from loraloom.tuner.conv import LoomConv
 from loraloom.tuner.embedding import LoomEmbedding
 from loraloom.tuner.experts import ParamWrapper, check_attention
-from loraloom.tuner.fit import check_fit
+from loraloom.tuner.fit import check_fit, check_sizes
 from loraloom.tuner.layer import BASE, Factor, LoomLayer
 from loraloom.tuner.linear import LoomLinear
 from loraloom.tuner.peft_internals import (
@@ -235,6 +235,10 @@ class LoomModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_fit(model, adapter_name, remapped)
         return remapped
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        check_sizes(self, state_dict, prefix)  # of the whole model, before its first layer is loaded
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _wraps(layer: LoomLayer, parameter_name: str) -> bool:
