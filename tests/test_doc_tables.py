@@ -79,6 +79,7 @@ def test_every_mark_is_closed_and_known():
         assert text.count("<!-- end of table -->") == len(names)
 
 
+@pytest.mark.slow
 def test_a_changed_number_is_noticed():
     page = next(page for page in PAGES if MARKED.search(page.read_text(encoding="utf-8")))
     text = page.read_text(encoding="utf-8")

@@ -30,6 +30,7 @@ def test_short_work_and_no_terminal_show_no_bar(monkeypatch, seconds, terminal, 
     assert ("Folding" in file.getvalue()) == drawn
 
 
+@pytest.mark.slow
 def test_the_verbs_work_where_nothing_is_drawn():
     program = "import sys; sys.modules['rich.progress'] = None; sys.modules['rich.live'] = None; import " + ", ".join(
         ["loraloom.intruders.live", "loraloom.intruders.stored", "loraloom.export.export", "loraloom.merge.merge"]

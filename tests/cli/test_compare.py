@@ -31,6 +31,7 @@ def compare_yaml(pico_bert_dir, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_two_methods_in_processes_of_their_own(compare_yaml, tmp_path, capsys):
     """Both at a time; then again, when there is nothing left to do."""
     assert main(["compare", str(compare_yaml), "--jobs", "2", "--json"]) == 0

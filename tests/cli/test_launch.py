@@ -39,6 +39,7 @@ def loraloom(*words):
     return subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_two_processes_is_one_line_and_code_2(run_yaml):
     outcome = loraloom(run_yaml, "--nproc", 2, "--method.target_modules", "[nothing]")
     assert outcome.returncode == 2, outcome.stderr

@@ -19,6 +19,7 @@ def adapter(pico_llama_dir, tmp_path):
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_merge_and_verify(pico_llama_dir, adapter, tmp_path):
     command = ["merge", adapter, "--base", pico_llama_dir, "--out", tmp_path / "out", "--verify", "2", "--json"]
     outcome = subprocess.run(

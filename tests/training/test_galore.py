@@ -161,6 +161,7 @@ def test_a_rank_of_galore_for_another_optimizer_is_an_error(causal):
         fit.train(with_optimizer(with_method(causal, "full"), rank=4))
 
 
+@pytest.mark.slow
 def test_layerwise_on_two_processes_is_layerwise_on_one(causal, tmp_path):
     """Through the command line: two gloo processes with 8 rows each, and one with 16; clipping is by the same norm.
 
