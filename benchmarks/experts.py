@@ -10,17 +10,13 @@ floating-point operations, and the largest difference of outputs and gradients r
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -28,8 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-import loraloom
-from benchmarks.whole_model import Peak, saved_bytes, step, touch
+from benchmarks.whole_model import Peak, saved_bytes, step, touch, write
 from loraloom import LoomConfig
 
 CONTENDERS = {"PEFT": LoraConfig, "loraloom": LoomConfig}
@@ -154,11 +149,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     rows = [row for shape in SHAPES for way in WAYS for row in compare(shape, way, args.rounds, args.tiny)]
     Console(width=120).print(table(rows))
-    machine = {"processor": platform.processor() or platform.machine(), "threads": 1, "load_before": load}
-    versions = {m.__name__: m.__version__ for m in (torch, peft, transformers, loraloom)}
     if args.out:
-        document = {"machine": machine, "versions": versions, "rounds": args.rounds, "rows": rows}
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write(args.out, rows, args.rounds, load)
 
 
 if __name__ == "__main__":

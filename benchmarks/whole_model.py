@@ -206,6 +206,15 @@ def table(rows: list[dict[str, Any]], timing: bool) -> Table:
     return result
 
 
+def write(out: Path, rows: list[dict[str, Any]], rounds: int, load: float) -> None:
+    """The rows as JSON, with the machine, its load before the first of them, and the versions."""
+    threads = torch.get_num_threads()
+    machine = {"processor": platform.processor() or platform.machine(), "threads": threads, "load_before": load}
+    versions = {m.__name__: m.__version__ for m in (torch, peft, transformers, loraloom)}
+    document = {"machine": machine, "versions": versions, "rounds": rounds, "rows": rows}
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
@@ -224,11 +233,8 @@ def main() -> None:
         for row in compare(kind, method, precision, checkpointing, args.rounds, args.tiny)
     ]
     Console(width=120).print(table(rows, args.rounds > 0))
-    machine = {"processor": platform.processor() or platform.machine(), "threads": args.threads, "load_before": load}
-    versions = {m.__name__: m.__version__ for m in (torch, peft, transformers, loraloom)}
     if args.out:
-        document = {"machine": machine, "versions": versions, "rounds": args.rounds, "rows": rows}
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write(args.out, rows, args.rounds, load)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,21 @@ def test_the_search_takes_the_best_mean_and_no_nan(tmp_path):
     assert store.best("a", [(0.3,), (0.2,), (0.1,)]) == (0.1,)
 
 
+def test_every_arm_is_searched_alike_and_tested_at_its_best_rate_once(tmp_path):
+    calls = []
+
+    def run(stage, arm, rate, seed):
+        calls.append((stage, arm, rate, seed))
+        return {"accuracy": rate if arm == "up" else -rate}
+
+    for _ in range(2):  # the second time everything is on disk
+        Store(tmp_path / "rows.jsonl", {}, []).search_then_test(["up", "down"], [1.0, 2.0], [7], [8, 9], run)
+    search = [("search", arm, rate, 7) for arm in ("up", "down") for rate in (1.0, 2.0)]
+    assert calls == search + [
+        ("test", arm, rate, seed) for seed in (8, 9) for arm, rate in (("up", 2.0), ("down", 1.0))
+    ]
+
+
 def test_rows_are_found_again_and_other_settings_refused(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")

@@ -74,10 +74,7 @@ def trained(data: Data, rate: float, seed: int, at: tuple[float, ...]) -> Iterat
     for step in range(1, steps + 1):
         model.train()
         batch = rows[(step - 1) * BATCH : step * BATCH]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**data.tokens(batch), labels=torch.tensor([label for _, label in batch])).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        data.backward(model, batch)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

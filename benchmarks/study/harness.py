@@ -9,7 +9,7 @@ a 0 for each other, in the order of the test set: two arms are compared item by 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,38 @@ class Store:
             ]
             means.append(sum(values) / len(values))
         return choices[means.index(max(means))]
+
+    def search_then_test(
+        self,
+        arms: Sequence[str],
+        rates: Sequence[float],
+        dev_seeds: Iterable[int],
+        seeds: Iterable[int],
+        run: Callable[[str, str, float, int], Row],
+    ) -> None:
+        """Every arm with every rate on development data, then with its best rate on test data; finished runs stay.
+
+        Args:
+            arms: names.
+            rates: the same for every arm.
+            dev_seeds, seeds: of the two stages.
+            run: of (stage, arm, rate, seed); the results of one run, "accuracy" among them.
+        """
+
+        def once(stage: str, arm: str, rate: float, seed: int) -> None:
+            row = {"stage": stage, "seed": seed, "arm": arm, "rates": [rate]}
+            if not self.done(**row):
+                outcome = run(stage, arm, rate, seed)
+                self.keep(row | outcome)
+                print({**row, "accuracy": outcome["accuracy"]}, flush=True)
+
+        for arm in arms:
+            for seed in dev_seeds:
+                for rate in rates:
+                    once("search", arm, rate, seed)
+        for seed in seeds:  # a seed of every arm before the next, so that a study cut short is balanced
+            for arm in arms:
+                once("test", arm, self.best(arm, [[rate] for rate in rates])[0], seed)
 
     def _append(self, row: Row) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -148,20 +148,10 @@ def main() -> None:
         return
     store = Store(arguments.out, SETTINGS, [arguments.data / f"{part}.jsonl" for part in ("train", "test")])
 
-    def once(stage: str, arm: str, rate: float, seed: int) -> None:
-        row = {"stage": stage, "seed": seed, "arm": arm, "rates": [rate]}
-        if not store.done(**row):
-            outcome = run(arm, rate, seed, data, data.dev if stage == "search" else data.test)
-            store.keep(row | outcome)
-            print({**row, "accuracy": outcome["accuracy"]}, flush=True)
+    def one(stage: str, arm: str, rate: float, seed: int) -> Row:
+        return run(arm, rate, seed, data, data.dev if stage == "search" else data.test)
 
-    for arm in ARMS:
-        for seed in DEV_SEEDS:
-            for rate in RATES:
-                once("search", arm, rate, seed)
-    for seed in SEEDS:  # a seed of every arm before the next, so that a study cut short is balanced
-        for arm in ARMS:
-            once("test", arm, store.best(arm, [[rate] for rate in RATES])[0], seed)
+    store.search_then_test([*ARMS], RATES, DEV_SEEDS, SEEDS, one)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,13 @@ class Data:
         texts = [text for text, _ in rows]
         return self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH)
 
+    def backward(self, model: nn.Module, rows: Texts) -> None:
+        """The gradients of the mean loss of a batch, clipped to a norm of 1."""
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**self.tokens(rows), labels=torch.tensor([label for _, label in rows])).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
 
 def base_model() -> tuple[nn.Module, list[str]]:
     """MiniLM with a new head, and the names of the linear layers of its blocks, from the input to the output."""
@@ -164,10 +171,7 @@ def run(arm: Arm, rate: float, seed: int, data: Data, test: Texts, budget: int) 
     rows = data.train(seed)
     for step in range(STEPS):
         batch = rows[step * BATCH : (step + 1) * BATCH]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**data.tokens(batch), labels=torch.tensor([label for _, label in batch])).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        data.backward(model, batch)
         optimizer.step()
         schedule.step()
         if arm.kind == "adalora":
@@ -249,24 +253,13 @@ def main() -> None:
     data = Data(arguments.data)
     store = Store(arguments.out, SETTINGS, [arguments.data / f"{part}.jsonl" for part in ("train", "test")])
 
-    def once(stage: str, name: str, rate: float, seed: int) -> None:
+    def one(stage: str, name: str, rate: float, seed: int) -> Row:
         keys: Row = {"stage": stage, "seed": seed}
-        row = keys | {"arm": name, "rates": [rate]}
-        if store.done(**row):
-            return
         budget = budget_of(store, ARMS[name], **keys, **({"rates": [rate]} if stage == "search" else {}))
-        outcome = run(ARMS[name], rate, seed, data, data.dev if stage == "search" else data.test, budget)
-        store.keep(row | outcome)
-        print({**row, "accuracy": outcome["accuracy"]}, outcome["adapter_parameters"], flush=True)
+        return run(ARMS[name], rate, seed, data, data.dev if stage == "search" else data.test, budget)
 
     names = [name for name, arm in ARMS.items() if arm.share in (1.0, *arguments.shares)]
-    for name in names:
-        for seed in DEV_SEEDS:
-            for rate in RATES:
-                once("search", name, rate, seed)
-    for seed in SEEDS:  # a seed of every arm before the next, so that a study cut short is balanced
-        for name in names:
-            once("test", name, store.best(name, [[rate] for rate in RATES])[0], seed)
+    store.search_then_test(names, RATES, DEV_SEEDS, SEEDS, one)
 
 
 if __name__ == "__main__":
