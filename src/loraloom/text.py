@@ -8,10 +8,15 @@ from collections.abc import Iterable, Sequence
 MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
+def nearest(name: str, candidates: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The up to `count` candidates that are most similar to `name`, of those with a similarity of `cutoff`."""
+    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=cutoff)
+
+
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean 'x'?` for the candidate nearest to `name`, or nothing when none has a similarity of `cutoff`."""
-    nearest = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    near = nearest(name, candidates, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def printable(text: str, *, lines: bool = True) -> str:

@@ -92,8 +92,14 @@ class MadeAdapter(Adapter):
 
 
 class MadeReport:
-    """What the reports of the verbs that make adapters share; they are dataclasses with ``errors`` by module."""
+    """What the reports of the verbs that make adapters share; they are dataclasses.
 
+    Attributes:
+        path: the new folder.
+        errors: relative error by module.
+    """
+
+    path: str
     errors: dict[str, float]
 
     @property

@@ -1,6 +1,5 @@
 """`loraloom combine ADAPTER ADAPTER ... --out DIR`"""
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +65,4 @@ def main(arguments: Sequence[str]) -> None:
         f"Lost by the rank: at worst {report.errors[report.worst]:.1e} of a module's update ({report.worst})",
         *(f"{member} does not adapt {len(modules)} of the modules" for member, modules in report.missing.items()),
     ]
-    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
-    command.publish(report.path, console)
-    if command.json:
-        print(json.dumps(report.to_dict()))
+    command.finish(report, lines, console)

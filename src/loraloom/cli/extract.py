@@ -1,6 +1,5 @@
 """`loraloom extract BASE TUNED --rank R --out DIR`"""
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +62,4 @@ def main(arguments: Sequence[str]) -> None:
             f"Not in the LoRA, though they differ: {len(report.left_out)} tensors, most of all {largest} "
             f"(by {report.left_out[largest]:.1%} of its norm)"
         )
-    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
-    command.publish(report.path, console)
-    if command.json:
-        print(json.dumps(report.to_dict()))
+    command.finish(report, lines, console)

@@ -1,5 +1,6 @@
 """What the verbs share: reading options with tyro, quiet libraries, a console."""
 
+import json
 import logging
 import os
 import time
@@ -20,6 +21,7 @@ from loraloom.progress import Progress
 from loraloom.text import did_you_mean
 
 if TYPE_CHECKING:
+    from loraloom.adapter.made import MadeReport
     from loraloom.report import Report
 
 QUIET_SECONDS = 2.0  # work that is done sooner shows no bar
@@ -74,6 +76,17 @@ class Saving(Reporting):
         with console.status(f"Uploading to {self.push}"):
             address = push_folder(Path(folder), self.push, self.private)
         console.print(f"Pushed: {address}", highlight=False, soft_wrap=True, markup=False)
+
+    def finish(self, report: "MadeReport", lines: Sequence[str], console: Console) -> None:
+        """The end of a verb that made an adapter: what is said of it, the upload, and the JSON.
+
+        Raises:
+            RunFailedError: see :meth:`publish`.
+        """
+        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+        self.publish(report.path, console)
+        if self.json:
+            print(json.dumps(report.to_dict()))
 
 
 @contextmanager

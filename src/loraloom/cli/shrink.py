@@ -1,6 +1,5 @@
 """`loraloom shrink ADAPTER --rank R | --energy E | --parameters N --out DIR`"""
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +58,4 @@ def main(arguments: Sequence[str]) -> None:
         f"||dW - dW'||/||dW|| is {report.error:.1e} over all modules, at worst {report.errors[report.worst]:.1e} "
         f"({report.worst})",
     ]
-    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
-    command.publish(report.path, console)
-    if command.json:
-        print(json.dumps(report.to_dict()))
+    command.finish(report, lines, console)

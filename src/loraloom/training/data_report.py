@@ -1,12 +1,12 @@
 """What a run read, and what is odd about it: so that a wrong column or a label with a typo is seen before training."""
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraloom.text import nearest
 from loraloom.training.config import CLASSIFICATION
 from loraloom.training.config import Task as TaskName
 from loraloom.training.tasks.base import RunData
@@ -114,7 +114,7 @@ def _odd_labels(counts: dict[str, int]) -> list[str]:
     for name, count in counts.items():
         if 0 < count <= RARE * total and not name.isdigit():
             plain = {other.lower().strip(): other for other in frequent}
-            near = difflib.get_close_matches(name.lower().strip(), plain, n=1, cutoff=SIMILAR)
+            near = nearest(name.lower().strip(), plain, cutoff=SIMILAR)
             if near:
                 rows = "1 row has" if count == 1 else f"{count} rows have"
                 found.append(f"{rows} label {name!r}: a typo of {plain[near[0]]!r} ({counts[plain[near[0]]]:,} rows)?")

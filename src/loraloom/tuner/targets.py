@@ -1,6 +1,5 @@
 """Names in a configuration that match nothing: an error instead of an adapter smaller than asked for."""
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from torch import nn
 
 from loraloom.errors import InputError
 from loraloom.patterns import ends_with, pattern_value
+from loraloom.text import nearest
 from loraloom.tuner.peft_internals import HEADS_SAVED_LATER, BaseTunerLayer, expand_all_linear
 
 
@@ -88,6 +88,6 @@ def _check_names(config: Any, model: nn.Module, is_target: Callable[[str], Any],
 
 def _problem(option: str, wanted: str, names: Iterable[str]) -> str:
     endings = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
-    near = difflib.get_close_matches(re.split(r"[^\w]", wanted)[-1], sorted(endings), n=3, cutoff=0.4)
+    near = nearest(re.split(r"[^\w]", wanted)[-1], sorted(endings), count=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else f"the model has: {', '.join(sorted(endings)[:12])}"
     return f"{option}: {wanted!r} matches no module of the model ({hint})."
